@@ -1,0 +1,180 @@
+"""`Data`: one split of a data set, with its specification and its noise.
+
+    values (N, *event)  --batch(index)-->  (B, *event), what a model sees
+
+Where a split is resampled, `values` are the source's grey levels in [0, 1] and every batch draws
+anew: a Bernoulli bit per grey level (dynamic binarisation, Salakhutdinov & Murray 2008; Burda,
+Grosse & Salakhutdinov 2016), or uniform noise within each level (dequantisation, Uria, Murray &
+Larochelle 2013; Theis, van den Oord & Bethge 2016). Otherwise `values` are what is observed.
+"""
+
+import hashlib
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from pvae.data.spec import DataSpec, local_generator
+
+__all__ = ["Data"]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Data(Dataset[Tensor]):
+    """One split, a map-style `torch.utils.data.Dataset`.
+
+    Attributes:
+        values: (N, *event_shape), float32, or float64 if the user's array is.
+        labels: (N,) int64, or None.
+        spec: what the data are.
+        resampled: whether each batch draws its noise anew, with torch's global generator.
+    """
+
+    values: Tensor
+    labels: Tensor | None
+    spec: DataSpec
+    resampled: bool = False
+
+    def __post_init__(self) -> None:
+        events, labels = tuple(self.values.shape[1:]), self.labels
+        if len(self.values) == 0 or events != self.spec.event_shape:
+            raise ValueError(
+                f"Data {self.spec.name!r} must have shape (N, *{self.spec.event_shape}) with "
+                f"N >= 1, got {tuple(self.values.shape)}."
+            )
+        if labels is not None and labels.shape != (len(self.values),):
+            raise ValueError(
+                f"Data {self.spec.name!r} must have a label for each of its {len(self.values)} "
+                f"rows, got labels of shape {tuple(labels.shape)}."
+            )
+
+    @classmethod
+    def of(cls, data: Any, name: str = "tensor") -> "Data":
+        """Wrap a tensor, a NumPy array or anything `numpy.asarray` reads; a `Data` stays as it is.
+
+        Values become float32, or stay float64. Each entry along the first dimension is a datum.
+
+        Raises:
+            TypeError: if the values are no real numbers.
+            ValueError: if there is no datum, or a value is NaN or infinite.
+        """
+        if isinstance(data, Data):
+            return data
+        values = _real_tensor(data, name)
+        spec = DataSpec(
+            name=name,
+            split="all",
+            event_shape=tuple(values.shape[1:]),
+            image_shape=_image_shape(values.shape[1:]),
+            binarisation="none",
+            dequantisation="none",
+            levels=None,
+            seed=0,
+        )
+        return cls(values, None, spec)
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def __getitem__(self, i: int | slice | list[int] | Tensor) -> Tensor:
+        """Observed values at an index, a slice or an index tensor, drawn anew if `resampled`."""
+        return self._observed(self.values[i])
+
+    def batch(self, index: Tensor) -> Tensor:
+        """Gather (B, *event) at an index tensor (B,); a fresh draw if `resampled`.
+
+        The draw is the only use of torch's global generator here, on the device of the values.
+        """
+        return self._observed(self.values[index])
+
+    def _observed(self, values: Tensor) -> Tensor:
+        return observe(values, torch.rand_like(values), self.spec) if self.resampled else values
+
+    def realised(self) -> "Data":
+        """The same split with its noise drawn once, by a local generator seeded by `spec.seed`.
+
+        The same numbers on every device. The caller's random state is not touched.
+        """
+        if not self.resampled:
+            return self
+        generator = local_generator(self.spec.seed, self.spec.split)
+        uniform = torch.rand(self.values.shape, generator=generator, dtype=self.values.dtype)
+        values = observe(self.values, uniform.to(self.values.device), self.spec)
+        return replace(self, values=values, resampled=False)
+
+    def to(self, device: torch.device | str) -> "Data":
+        """The same split with values and labels on another device."""
+        labels = None if self.labels is None else self.labels.to(device)
+        return replace(self, values=self.values.to(device), labels=labels)
+
+    def fingerprint(self) -> str:
+        """Sixteen hex digits of SHA-256 over the realised values and their shape (N, dimensions).
+
+        Results are paired, datum by datum, only where it is equal. How a datum is laid out does
+        not matter: images and the same images flattened are the same observations.
+        """
+        values = self.realised().values
+        digest = hashlib.sha256(f"{len(values)} {math.prod(self.spec.event_shape)}".encode())
+        for rows in values.split(4096):  # float64 by parts: the whole would double the memory
+            digest.update(rows.to("cpu", torch.float64).numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+    def __repr__(self) -> str:
+        noise = ", drawn anew for each batch" if self.resampled else ""
+        shape = tuple(self.values.shape)
+        return f"Data({self.spec.split}, {shape}: {self.spec.space()}{noise})"
+
+
+def observe(grey: Tensor, uniform: Tensor, spec: DataSpec) -> Tensor:
+    """Turn grey levels in [0, 1] into observations by noise from U[0, 1), both of one shape.
+
+    Binarisation: 1 with probability `grey`. Dequantisation: (level + U) / levels, in [0, 1).
+    """
+    if spec.dequantisation == "none" or spec.levels is None:
+        return (uniform < grey).to(grey.dtype)
+    level = (grey * (spec.levels - 1)).round()
+    # The largest sums round up to `levels` itself, and 1 is outside the space.
+    below_one = 1 - torch.finfo(grey.dtype).eps / 2
+    return ((level + uniform) / spec.levels).clamp(max=below_one)
+
+
+def _real_tensor(data: Any, name: str) -> Tensor:
+    values = data.detach() if isinstance(data, Tensor) else _numpy_tensor(data, name)
+    if values.is_complex():
+        raise TypeError(f"Data {name!r} must be real numbers, got {values.dtype}.")
+    if values.ndim == 0 or values.numel() == 0:
+        raise ValueError(
+            f"Data {name!r} must have shape (N, *event) with N >= 1, got {tuple(values.shape)}."
+        )
+    if values.dtype != torch.float64:
+        values = values.to(torch.float32)
+    finite = values.reshape(len(values), -1).isfinite().all(dim=1)
+    if not finite.all():
+        first = int((~finite).nonzero()[0])
+        raise ValueError(
+            f"Data {name!r} has NaN or infinite values in {int((~finite).sum())} of {len(values)} "
+            f"rows, the first is row {first}. Drop or fill them in before loading."
+        )
+    return values
+
+
+def _numpy_tensor(data: Any, name: str) -> Tensor:
+    array = np.asarray(data)
+    if array.dtype.kind not in "biuf":
+        raise TypeError(
+            f"Data {name!r} must be a tensor or an array of real numbers, got "
+            f"{type(data).__name__} of dtype {array.dtype}."
+        )
+    return torch.from_numpy(array.astype(np.float64 if array.dtype == np.float64 else np.float32))
+
+
+def _image_shape(event_shape: torch.Size) -> tuple[int, ...] | None:
+    """(H, W), (1, H, W) as (H, W) and (3, H, W) are taken for images."""
+    if len(event_shape) == 3 and event_shape[0] == 1:
+        return tuple(event_shape[1:])
+    is_image = len(event_shape) == 2 or (len(event_shape) == 3 and event_shape[0] == 3)
+    return tuple(event_shape) if is_image else None
