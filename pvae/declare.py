@@ -1,0 +1,405 @@
+"""Declare a latent-variable model: a graph of sites, read as the generative story, then the guide.
+
+    LatentModel(
+        z=Latent(Normal, 50),
+        x=Observed(Bernoulli, 784, given="z", net=MLP(200, 200)),
+        guide={"z": Latent(Normal, 50, given="x", net=MLP(200, 200))},
+    )
+
+    sites  --check-->  one SiteModule each  -->  model(batch), guide(batch): ordinary Pyro programs
+
+The declaration is data: it prints as a table, draws as a plate diagram, and is saved as JSON.
+Parameters live in the module, never in Pyro's global param store.
+"""
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
+from graphlib import CycleError, TopologicalSorter
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from torch import Tensor, nn
+from torch.distributions import constraints
+
+from pvae import declaration
+from pvae.fence import evaluating
+from pvae.nets import MLP, Input, Net
+from pvae.pair import Batch, Columns, Pair, announce
+from pvae.sites import Given, Latent, Learned, Observed, Predicted, Site, SiteModule, as_shape
+
+__all__ = ["Given", "Latent", "LatentModel", "Learned", "Observed", "Predicted"]
+
+AnySite = Latent | Observed | Given
+
+
+class LatentModel(Pair):
+    """A declared model p(x, z) and its guide q(z | x), as one `nn.Module`.
+
+    Args:
+        guide: the variational posterior: for each continuous latent a `Latent`, whose parents are
+            data, or latents guided before it. A discrete latent without an entry is summed out
+            exactly. Left out altogether, each continuous latent gets an amortised diagonal Normal
+            (its own distribution where its support is not the real line), from a net like the
+            decoder's.
+        name: what tables and files call the model.
+        **sites: `Latent`, `Observed` and `Given` sites, parents before children.
+
+    Raises:
+        TypeError: for a site that is none of these.
+        ValueError: for an unknown parent, a cycle, shapes that cannot fit, a guide entry for an
+            unknown or observed site, or a latent neither guided nor summable.
+    """
+
+    def __init__(
+        self, guide: Mapping[str, Latent] | None = None, name: str = "model", **sites: AnySite
+    ):
+        super().__init__()
+        self.name = name
+        self.sites = dict(sites)
+        _check_kinds(sites)
+        _check_order("site", {key: _parents(site) for key, site in sites.items()}, known=())
+        inputs: dict[str, Input] = {}
+        self.model_modules = nn.ModuleDict()
+        for key, site in sites.items():
+            if isinstance(site, Given):
+                inputs[key] = Input(
+                    as_shape(site.shape, key) if site.shape else (), site.categories
+                )
+                continue
+            module = SiteModule(key, site, [inputs[parent] for parent in site.given])
+            self.model_modules[key] = module
+            inputs[key] = Input(module.event_shape, module.categories)
+        self.inputs = inputs
+        self.guide_was_given = guide is not None
+        self.guide_sites = dict(self._default_guide() if guide is None else guide)
+        self.guide_modules = nn.ModuleDict()
+        self._build_guide()
+        supports = [self.module_of(name).prototype.enumerate_support() for name in self.summed]
+        self.categories = math.prod(len(support) for support in supports)
+
+    @property
+    def observed(self) -> list[str]:
+        """Names of the observed sites."""
+        return [name for name, site in self.sites.items() if isinstance(site, Observed)]
+
+    @property
+    def latents(self) -> list[str]:
+        """Names of the latent sites."""
+        return [name for name, site in self.sites.items() if isinstance(site, Latent)]
+
+    @property
+    def given(self) -> list[str]:
+        """Names of the sites that are conditioned on."""
+        return [name for name, site in self.sites.items() if isinstance(site, Given)]
+
+    @property
+    def summed(self) -> list[str]:
+        """Names of the latents that are summed out, having no guide entry."""
+        return [name for name in self.latents if name not in self.guide_sites]
+
+    def module_of(self, name: str) -> SiteModule:
+        """The module that holds a model site's nets and free parameters."""
+        module = self.model_modules[name]
+        assert isinstance(module, SiteModule)
+        return module
+
+    def guide_module_of(self, name: str) -> SiteModule:
+        """The module that holds a guide entry's nets and free parameters."""
+        module = self.guide_modules[name]
+        assert isinstance(module, SiteModule)
+        return module
+
+    # ---------------------------------------------------------------- the guide
+
+    def _default_guide(self) -> dict[str, Latent]:
+        data = tuple(self.observed + self.given)
+        guide = {}
+        for name in self.latents:
+            module = self.module_of(name)
+            support = module.prototype.support
+            if support.is_discrete:
+                continue
+            is_real = support is constraints.real or isinstance(support, constraints.independent)
+            is_real = is_real and _base(support) is constraints.real
+            is_real = is_real or support is constraints.real_vector
+            family = dist.Normal if is_real else module.site.distribution
+            guide[name] = Latent(family, module.site.shape, given=data, net=self._encoder(name))
+        return guide
+
+    def _encoder(self, name: str) -> Net:
+        """A net like that of the first site that has `name` among its parents."""
+        for site in self.sites.values():
+            if isinstance(site, Site) and name in site.given and isinstance(site.net, Net):
+                return site.net.mirrored()
+        return MLP(200, 200)
+
+    def _build_guide(self) -> None:
+        for name, entry in self.guide_sites.items():
+            if name not in self.sites:
+                raise ValueError(
+                    f"The guide has an entry for {name!r}, which is no site of the model "
+                    f"({', '.join(self.sites)}).{_hint(name, self.sites)}"
+                )
+            if not isinstance(self.sites[name], Latent):
+                raise ValueError(
+                    f"The guide has an entry for {name!r}, which is not latent but "
+                    f"{type(self.sites[name]).__name__}: remove the entry."
+                )
+            if not isinstance(entry, Latent):
+                raise TypeError(f"Guide entry {name!r} must be a Latent, got {entry!r}.")
+        parents = {name: entry.given for name, entry in self.guide_sites.items()}
+        _check_order("guide entry", parents, known=self.observed + self.given)
+        for name, entry in self.guide_sites.items():
+            module = SiteModule(name, entry, [self.inputs[parent] for parent in entry.given])
+            if module.event_shape != self.inputs[name].shape:
+                raise ValueError(
+                    f"Guide entry {name!r} draws values of shape {module.event_shape}, but the "
+                    f"model's site has shape {self.inputs[name].shape}: make them the same."
+                )
+            self.guide_modules[name] = module
+        for name in self.summed:
+            if not self.module_of(name).summable:
+                raise ValueError(
+                    f"Latent {name!r} ({self.module_of(name).site.title}, event shape "
+                    f"{self.inputs[name].shape}) is neither guided nor summable (one discrete "
+                    "variable of finite support): give it an entry in `guide`."
+                )
+
+    # ---------------------------------------------------------------- Pyro programs
+
+    def model(self, batch: Batch | None = None, num_data: int = 1) -> dict[str, Tensor]:
+        """The generative story, a Pyro program under one plate "data" of dim -1.
+
+        Args:
+            batch: data (N, *event), or tensors by name; observed sites left out are sampled.
+            num_data: N, where the batch is empty.
+
+        Returns:
+            The value of each site.
+        """
+        announce("model", self.model_modules)
+        values = self._by_name(batch)
+        num_data = len(next(iter(values.values()))) if values else num_data
+        summed = self.summed
+        with pyro.plate("data", num_data, dim=-1):
+            for name, site in self.sites.items():
+                if isinstance(site, Given):
+                    continue
+                infer: Any = {"enumerate": "parallel"} if name in summed else {}
+                distribution = self.model_modules[name](values)
+                values[name] = pyro.sample(name, distribution, obs=values.get(name), infer=infer)
+        return values
+
+    def guide(self, batch: Batch | None = None) -> dict[str, Tensor]:
+        """The variational posterior, a Pyro program under the same plate.
+
+        Args:
+            batch: data (N, *event), or tensors by name.
+
+        Returns:
+            The value of each guided latent.
+        """
+        announce("guide", self.guide_modules)
+        values = self._by_name(batch)
+        drawn = {}
+        with pyro.plate("data", len(next(iter(values.values()))), dim=-1):
+            for name, module in self.guide_modules.items():
+                drawn[name] = values[name] = pyro.sample(name, module(values))
+        return drawn
+
+    def _by_name(self, batch: Batch | None) -> dict[str, Tensor]:
+        if isinstance(batch, Tensor):
+            return {self.observed[0]: batch}
+        return dict(batch or {})
+
+    def blank(self, num_data: int, given: Batch | None) -> dict[str, Tensor]:
+        """Values of the `Given` sites alone, or as many rows of nothing."""
+        values = dict(given) if isinstance(given, Mapping) else {}
+        if isinstance(given, Tensor):
+            values = {self.given[0]: given} if self.given else {}
+        if missing := [name for name in self.given if name not in values]:
+            raise ValueError(
+                f"{self.name!r} is conditioned on {missing[0]!r}: pass its values by `given=`."
+            )
+        return values
+
+    def prior_predictive(self, num_samples: int, given: Batch | None = None) -> dict[str, Tensor]:
+        """Draw from p(z) p(x | z); see `Pair.prior_predictive`."""
+        with evaluating(self):
+            values = self.model(self.blank(num_samples, given), num_samples)
+        return {name: value for name, value in values.items() if name not in self.given}
+
+    # ---------------------------------------------------------------- data
+
+    def columns(self, data: Any) -> Columns:
+        """Check data against the sites that hold them.
+
+        Raises:
+            ValueError: for missing or unknown columns, a wrong shape, or values outside a support.
+        """
+        names = self.observed + self.given
+        if isinstance(data, Mapping):
+            columns = Columns(data)
+            if set(columns.columns) != set(names):
+                raise ValueError(
+                    f"{self.name!r} needs data for {', '.join(names)}, got "
+                    f"{', '.join(columns.columns) or 'nothing'}."
+                )
+        elif len(names) > 1:
+            raise ValueError(
+                f"{self.name!r} needs several columns of data: pass a dictionary with "
+                f"{', '.join(names)}."
+            )
+        else:
+            columns = Columns(data)
+        for name, column in columns.columns.items():
+            self._check_column(name or names[0], column.realised().values)
+        return columns
+
+    def _check_column(self, name: str, values: Tensor) -> None:
+        shape = self.inputs[name].shape
+        if tuple(values.shape[1:]) != shape:
+            hint = ""
+            if values[0].numel() == torch.Size(shape).numel():
+                hint = f" Reshape each datum first: `data.reshape(len(data), *{shape})`."
+            raise ValueError(
+                f"Data for {name!r} of {self.name!r} must have shape (N, "
+                f"{', '.join(map(str, shape))}), got {tuple(values.shape)}.{hint}"
+            )
+        site = self.sites[name]
+        if isinstance(site, Given):
+            support: Any = constraints.independent(constraints.real, len(shape))
+            if site.categories:
+                support = constraints.independent(
+                    constraints.integer_interval(0, site.categories - 1), len(shape)
+                )
+        elif isinstance(site, Observed) and not site.check_support:
+            return
+        else:
+            support = self.module_of(name).prototype.support
+        for start in range(0, len(values), 4096):
+            _check_support(name, site, support, values[start : start + 4096], start)
+
+    # ---------------------------------------------------------------- the declaration as data
+
+    def to_json(self) -> dict[str, Any]:
+        """The declaration as plain data, without parameters' trained values.
+
+        Raises:
+            TypeError: for a net that is a module of the user's own.
+        """
+        guide = self.guide_sites if self.guide_was_given else None
+        return declaration.to_json(self.name, self.sites, guide)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any] | str) -> "LatentModel":
+        """Build a model, freshly initialised, from `to_json`'s output or its text.
+
+        Names are looked up among Pyro's distributions and pvae's nets only; no code is run.
+
+        Raises:
+            ValueError: for data that no `to_json` wrote.
+        """
+        parsed = json.loads(data) if isinstance(data, str) else data
+        name, sites, guide = declaration.from_json(parsed)
+        return cls(guide=guide, name=name, **sites)
+
+    def __repr__(self) -> str:
+        return declaration.text_table(self)
+
+    def _repr_html_(self) -> str:
+        return declaration.html_table(self)
+
+    def render(self, filename: str | None = None) -> Any:
+        """Draw the model as a plate diagram by `pyro.render_model`.
+
+        Args:
+            filename: where to write it (.pdf, .png, .svg); shown in a notebook if left out.
+
+        Raises:
+            RuntimeError: if Graphviz is not installed.
+        """
+        example = {
+            name: torch.zeros(2, *self.inputs[name].shape) for name in self.observed + self.given
+        }
+        try:
+            with pyro.validation_enabled(False):
+                return pyro.render_model(
+                    self.model, model_args=(example,), filename=filename, render_distributions=True
+                )
+        except Exception as error:
+            if type(error).__name__ in ("ImportError", "ModuleNotFoundError", "ExecutableNotFound"):
+                raise RuntimeError(
+                    "Drawing needs Graphviz: `pip install graphviz`, and the system's `dot`."
+                ) from error
+            raise
+
+
+def _parents(site: AnySite) -> tuple[str, ...]:
+    return () if isinstance(site, Given) else site.given
+
+
+def _check_kinds(sites: Mapping[str, Any]) -> None:
+    for name, site in sites.items():
+        if not isinstance(site, Latent | Observed | Given):
+            raise TypeError(f"Site {name!r} must be Latent, Observed or Given, got {site!r}.")
+    if not any(isinstance(site, Observed) for site in sites.values()):
+        raise ValueError("A model needs an observed site: x=Observed(...).")
+
+
+def _check_order(what: str, parents: Mapping[str, tuple[str, ...]], known: Iterable[str]) -> None:
+    """Every parent is known and declared before its child."""
+    seen = set(known)
+    for name, own in parents.items():
+        for parent in own:
+            if parent not in parents and parent not in seen:
+                raise ValueError(
+                    f"The {what} {name!r} is given {parent!r}, which is unknown here. Known: "
+                    f"{', '.join([*seen, *parents])}.{_hint(parent, [*seen, *parents])}"
+                )
+    try:
+        TopologicalSorter(parents).prepare()
+    except CycleError as error:
+        raise ValueError(f"The {what}s form a cycle: {' -> '.join(error.args[1])}.") from None
+    for name, own in parents.items():
+        for parent in own:
+            if parent not in seen:
+                raise ValueError(
+                    f"The {what} {name!r} is given {parent!r}, which is declared after it: "
+                    f"write {parent!r} first."
+                )
+        seen.add(name)
+
+
+def _hint(name: str, known: Iterable[str]) -> str:
+    near = get_close_matches(name, list(known), 1)
+    return f" Did you mean {near[0]!r}?" if near else ""
+
+
+def _base(support: Any) -> Any:
+    while isinstance(support, constraints.independent):
+        support = support.base_constraint
+    return support
+
+
+def _check_support(name: str, site: AnySite, support: Any, values: Tensor, start: int) -> None:
+    inside = support.check(values)
+    if bool(inside.all()):
+        return
+    row = int((~inside.reshape(len(values), -1).all(1)).nonzero()[0])
+    title = site.title if isinstance(site, Site) else "Given"
+    grey = ""
+    if title == "Bernoulli" and 0 <= values.min() and values.max() <= 1:
+        grey = (
+            " These look like grey levels, under which a Bernoulli has no log-probability: "
+            "binarise them (`load_data(..., binarisation='dynamic')`), declare a density (Normal, "
+            "Beta, ContinuousBernoulli), or ask for it by `Observed(..., check_support=False)`."
+        )
+    raise ValueError(
+        f"Datum {start + row} lies outside the support {support} of {name!r} ({title}): its values "
+        f"run from {values[row].min():.4g} to {values[row].max():.4g}.{grey}"
+    )

@@ -1,0 +1,303 @@
+"""What `fit`, `evaluate` and every sampler take: a model and a guide over one batch of data.
+
+`Pair` is an `nn.Module` with two Pyro programs, `model(batch)` and `guide(batch)`. It is made by a
+declaration (`LatentModel`) or by wrapping hand-written Pyro (`PyroPair`). Sampling is written here
+once, on the programs:
+
+    prior -> prior_predictive;   data -> posterior -> reconstruct, interpolate
+"""
+
+import weakref
+from collections.abc import Mapping
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.poutine.runtime import am_i_wrapped, effectful
+from torch import Tensor, nn
+from torch.distributions import Distribution
+
+from pvae.data import Data
+from pvae.fence import evaluating, module_device
+from pvae.particles import Particles, Plates, draw
+
+__all__ = ["Batch", "Columns", "Pair", "announce"]
+
+Batch = Tensor | Mapping[str, Tensor]
+
+
+class Columns:
+    """The data of one run: one `Data`, or several by name with as many rows each.
+
+    Args:
+        data: `Data`, tensor or array (N, *event), or a mapping from names to these.
+
+    Raises:
+        ValueError: if the columns have different numbers of rows.
+    """
+
+    def __init__(self, data: Any):
+        self.named = isinstance(data, Mapping)
+        columns = data if self.named else {"": data}
+        self.columns: dict[str, Data] = {name: Data.of(column) for name, column in columns.items()}
+        lengths = {name: len(column) for name, column in self.columns.items()}
+        if len(set(lengths.values())) != 1:
+            raise ValueError(f"All columns of data need as many rows as each other, got {lengths}.")
+
+    def __len__(self) -> int:
+        return len(next(iter(self.columns.values())))
+
+    def batch(self, index: Tensor) -> Batch:
+        """Rows at an index tensor, noise drawn afresh where the data say so."""
+        if not self.named:
+            return self.columns[""].batch(index)
+        return {name: column.batch(index) for name, column in self.columns.items()}
+
+    def rows(self, rows: slice) -> Batch:
+        """Rows of a slice, as they are."""
+        if not self.named:
+            return self.columns[""][rows]
+        return {name: column[rows] for name, column in self.columns.items()}
+
+    def _each(self, method: str, *args: Any) -> "Columns":
+        columns = {name: getattr(column, method)(*args) for name, column in self.columns.items()}
+        return Columns(columns if self.named else columns[""])
+
+    def to(self, device: torch.device) -> "Columns":
+        """The same columns on another device."""
+        return self._each("to", device)
+
+    def realised(self) -> "Columns":
+        """Noise drawn once, as evaluation needs it."""
+        return self._each("realised")
+
+    @property
+    def main(self) -> Data:
+        """The first column, whose specification names the run's data."""
+        return next(iter(self.columns.values()))
+
+    def fingerprint(self) -> str:
+        """Of all values; see `Data.fingerprint`."""
+        return "-".join(column.fingerprint() for column in self.columns.values())
+
+
+class Pair(nn.Module):
+    """A model and a guide over a batch; see the module's docstring."""
+
+    plates = Plates()
+    vectorize_particles = True
+    name = "model"
+
+    categories = 1  # rows that summed latents make of each datum
+
+    @property
+    def summed(self) -> list[str]:
+        """Names of the latents that are summed out, having no guide entry."""
+        raise NotImplementedError
+
+    def model(self, batch: Any = None) -> Any:
+        """Pyro program: log p(x, z) with x from the batch."""
+        raise NotImplementedError
+
+    def guide(self, batch: Any = None) -> Any:
+        """Pyro program: q(z | x)."""
+        raise NotImplementedError
+
+    def prepare(self, batch: Batch) -> None:
+        """Make what depends on the data's shape. Called before the first use on new data."""
+
+    def columns(self, data: Any) -> Columns:
+        """Check data where they enter, and return them as columns."""
+        return Columns(data)
+
+    def blank(self, num_data: int, given: Batch | None) -> Any:
+        """What `model` takes to draw `num_data` data of its own."""
+        raise NotImplementedError
+
+    def draw(self, batch: Batch, num_particles: int = 1, proposal: str = "guide") -> Particles:
+        """Draw and weigh particles for a batch; differentiable. See `particles.draw`.
+
+        Args:
+            batch: tensor (N, *event), or tensors by name.
+            num_particles: K.
+            proposal: "guide", or "prior" to draw z from p(z): naive Monte Carlo.
+
+        Raises:
+            ValueError: for another proposal.
+        """
+        if proposal not in ("guide", "prior"):
+            raise ValueError(f"`proposal` must be 'guide' or 'prior', got {proposal!r}.")
+        return draw(
+            self.model,
+            self.guide if proposal == "guide" else self._prior,
+            (batch,),
+            num_particles=num_particles,
+            plates=self.plates,
+            vectorize=self.vectorize_particles,
+        )
+
+    def _prior(self, batch: Batch) -> None:
+        """The model's prior as a guide: its unobserved sites, but for those summed out."""
+
+        def hidden(site: Any) -> bool:
+            return site["type"] == "sample" and (site["is_observed"] or site["name"] in self.summed)
+
+        with poutine.block(hide_fn=hidden):
+            self.model(batch)
+
+    def prior_predictive(self, num_samples: int, given: Batch | None = None) -> dict[str, Tensor]:
+        """Draw from p(z) p(x | z), with torch's global random state.
+
+        Args:
+            num_samples: S, number of draws.
+            given: values of the sites that are conditioned on, if the model has any, (S, *event).
+
+        Returns:
+            Draws of every site, latent and observed, (S, *event).
+        """
+        with evaluating(self):
+            program = poutine.uncondition(self.model)
+            trace = poutine.trace(program).get_trace(self.blank(num_samples, given))
+        sites: Any = {name: trace.nodes[name] for name in trace.stochastic_nodes}
+        sites |= {name: trace.nodes[name] for name in trace.observation_nodes}
+        return {
+            name: site["value"]
+            for name, site in sites.items()
+            if isinstance(site["fn"], Distribution)
+        }
+
+    def posterior(self, data: Any, num_samples: int = 1) -> dict[str, Tensor]:
+        """Draw latents from q(z | x), summed ones from p(c | x, z).
+
+        Args:
+            data: (N, *event), or columns by name.
+            num_samples: S, draws for each datum.
+
+        Returns:
+            Draws of every latent, (S, N, *event).
+        """
+        batch = self._whole(data)
+        with evaluating(self), pyro.validation_enabled(False):
+            return self.draw(batch, num_samples).posterior_values()
+
+    def encode(self, data: Any, num_samples: int = 16) -> dict[str, Tensor]:
+        """Mean of q(z | x) of each latent that the guide draws, (N, *event).
+
+        Args:
+            data: (N, *event), or columns by name.
+            num_samples: draws over which means are averaged, where the guide has several layers.
+        """
+        batch = self._whole(data)
+        with evaluating(self), pyro.validation_enabled(False):
+            particles = self.draw(batch, num_samples)
+        return {
+            name: guide_mean(particles, name).mean(0)
+            for name in particles.log_q
+            if name in particles.model_sites
+        }
+
+    def reconstruct(self, data: Any, num_samples: int = 1) -> dict[str, Tensor]:
+        """Mean of p(x | z), averaged over draws of z from q(z | x).
+
+        Args:
+            data: (N, *event), or columns by name.
+            num_samples: S, draws for each datum.
+
+        Returns:
+            For each observed site the mean (N, *event); for a site without one, its mode.
+        """
+        batch = self._whole(data)
+        values = self.posterior(data, num_samples)
+        return {name: mean.mean(0) for name, mean in self._decode(batch, values).items()}
+
+    def interpolate(self, start: Any, end: Any, steps: int = 10) -> dict[str, Tensor]:
+        """Decode points on the line between the codes of two data, or of two batches pairwise.
+
+        Args:
+            start: (N, *event).
+            end: (N, *event).
+            steps: number of points, both ends included.
+
+        Returns:
+            For each observed site the means (steps, N, *event).
+        """
+        if steps < 2:
+            raise ValueError(f"`steps` must be at least 2, both ends included, got {steps}.")
+        first, last = self.posterior(start), self.posterior(end)
+        first = {name: value[0] for name, value in first.items()} | self.encode(start)
+        last = {name: value[0] for name, value in last.items()} | self.encode(end)
+        t = torch.linspace(0, 1, steps)
+        values = {name: _line(first[name], last[name], t) for name in first}
+        return self._decode(self._whole(start), values)
+
+    def _whole(self, data: Any) -> Batch:
+        columns = self.columns(data).realised().to(module_device(self))
+        batch = columns.rows(slice(None))
+        self.prepare(batch)
+        return batch
+
+    def _decode(self, batch: Batch, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Means of p(x | z) at latents (S, N, *event): (S, N, *event) by observed site."""
+        size = len(next(iter(values.values()))) if values else 1
+        with evaluating(self), pyro.validation_enabled(False):
+            if self.vectorize_particles:
+                plate = pyro.plate("particles", size, dim=-1 - self.plates.nesting)
+                traces = [self._trace(plate(poutine.condition(self.model, values)), batch)]
+            else:
+                draws = ({name: v[s] for name, v in values.items()} for s in range(size))
+                traces = [self._trace(poutine.condition(self.model, v), batch) for v in draws]
+        observed = [name for name in traces[0].observation_nodes if name not in values]
+        means = {
+            name: torch.stack([_centre(trace.nodes[name]["fn"]) for trace in traces])
+            for name in observed
+            if isinstance(traces[0].nodes[name]["fn"], Distribution)
+        }
+        return {name: m[0] if self.vectorize_particles else m for name, m in means.items()}
+
+    @staticmethod
+    def _trace(program: Any, batch: Batch) -> poutine.Trace:
+        return poutine.trace(program).get_trace(batch)
+
+
+def announce(prefix: str, module: nn.Module) -> None:
+    """Tell `pyro.infer.SVI` of a module's parameters, without Pyro's global param store.
+
+    SVI optimises what it sees in `param` messages, which `pyro.param` would send by way of the
+    global store. A message of the same form names the module's own tensors.
+    """
+    if not am_i_wrapped():
+        return
+    for name, parameter in module.named_parameters():
+        alias = parameter.view_as(parameter)
+        alias.unconstrained = weakref.ref(parameter)  # type: ignore[attr-defined]
+        _announced(alias, name=f"{prefix}.{name}")
+
+
+@effectful(type="param")
+def _announced(value: Tensor) -> Tensor:
+    return value
+
+
+def _line(start: Tensor, end: Tensor, t: Tensor) -> Tensor:
+    t = t.to(start.device).reshape(-1, *(1,) * start.dim())
+    if not start.is_floating_point():
+        return torch.where(t < 0.5, start, end)
+    return (1 - t) * start + t * end
+
+
+def _centre(d: Any) -> Tensor:
+    try:
+        mean = d.mean
+    except NotImplementedError:
+        return d.mode
+    return d.mode if bool(mean.isnan().any()) else mean
+
+
+def guide_mean(particles: Particles, name: str) -> Tensor:
+    """Mean of the guide's distribution at a site (K, N, *event), or the draws if it has none."""
+    value = particles.values[name]
+    try:
+        return particles.guide_sites[name].mean.expand(value.shape)
+    except NotImplementedError:
+        return value

@@ -1,0 +1,156 @@
+"""Wrap a hand-written Pyro model and guide, so that all of pvae works on it.
+
+    PyroPair(model, guide).fit(...)   as for a declared model
+
+The programs run in a private parameter store: what they register by `pyro.param` and `pyro.module`
+becomes parameters of the wrapper, and Pyro's global store is left as it was. Values that the global
+store already holds under the same names (a pair trained by `pyro.infer.SVI`) are where it starts.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from torch import Tensor, nn
+
+from pvae.pair import Batch, Columns, Pair
+from pvae.particles import find_plates
+
+__all__ = ["PyroPair"]
+
+
+class PyroPair(Pair):
+    """A Pyro model and guide as one `nn.Module`.
+
+    Both are called with the batch: a tensor as the only argument, several columns by keyword. All
+    sample sites must lie in one vectorised plate over the data.
+
+    Args:
+        model: Pyro program.
+        guide: Pyro program.
+        vectorize_particles: False runs the pair once for each particle, for networks that cannot
+            take a leading particle dimension (`nn.Flatten`, convolutions).
+        name: what tables and files call the pair.
+
+    Raises:
+        ValueError: on first use, where per-datum terms cannot be told apart.
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        guide: Callable[..., Any],
+        vectorize_particles: bool = True,
+        name: str = "pyro pair",
+    ):
+        super().__init__()
+        self.vectorize_particles = vectorize_particles
+        self.name = name
+        self._programs = (model, guide)
+        self._constraints: dict[str, Any] = {}
+        self._names: dict[str, str] = {}
+        self._example: Batch | None = None
+        self._summed: list[str] = []
+        self.params = nn.ParameterDict()
+        self.modules_used = nn.ModuleList(_modules(model, guide))
+
+    @property
+    def summed(self) -> list[str]:
+        """Names of the model's discrete latents that the guide does not draw."""
+        return self._summed
+
+    def model(self, batch: Any = None) -> Any:
+        """The wrapped model, in its private parameter store."""
+        return self._run(self._programs[0], batch)
+
+    def guide(self, batch: Any = None) -> Any:
+        """The wrapped guide, in its private parameter store."""
+        return self._run(self._programs[1], batch)
+
+    def _run(self, program: Callable[..., Any], batch: Batch) -> Any:
+        args, kwargs = _arguments(batch)
+        with pyro.get_param_store().scope(self._state()) as state:
+            result = program(*args, **kwargs)
+            missing = set(pyro.get_param_store().keys()) - set(self._names)
+        if missing:
+            self._register(state, missing)
+        return result
+
+    def _state(self) -> Any:
+        values = {name: self.params[key] for name, key in self._names.items()}
+        return {"params": values, "constraints": dict(self._constraints)}
+
+    def _register(self, state: Any, missing: set[str]) -> None:
+        """Take parameters that a program made on first use into the module."""
+        for name in sorted(missing):
+            value = state["params"][name]
+            key = name.replace(".", "_").replace("$$$", "__")
+            parameter = value if isinstance(value, nn.Parameter) else nn.Parameter(value.detach())
+            self.params[key] = parameter
+            self._names[name] = key
+            self._constraints[name] = state["constraints"][name]
+
+    def prepare(self, batch: Batch) -> None:
+        """Run both programs once to learn parameters, plates and the shape of a datum."""
+        if self._example is not None:
+            return
+        self._start_from_global_store(batch)
+        self.plates = find_plates(self.model, self.guide, (batch,), {})
+        with torch.no_grad(), torch.random.fork_rng(), poutine.block():
+            guided = poutine.trace(self.guide).get_trace(batch)
+            trace = poutine.trace(poutine.replay(self.model, trace=guided)).get_trace(batch)
+        self._summed = [name for name in trace.stochastic_nodes if name not in guided.nodes]
+        first = {k: v[:1] for k, v in batch.items()} if isinstance(batch, Mapping) else batch[:1]
+        self._example = first
+
+    def _start_from_global_store(self, batch: Batch) -> None:
+        state = pyro.get_param_store().get_state()
+        args, kwargs = _arguments(batch)
+        with (
+            torch.no_grad(),
+            torch.random.fork_rng(),
+            poutine.block(),
+            pyro.get_param_store().scope(state) as own,
+        ):
+            traces = [poutine.trace(p).get_trace(*args, **kwargs) for p in self._programs]
+        used = {name for trace in traces for name in trace.param_nodes}
+        self._register(own, used)
+
+    def columns(self, data: Any) -> Columns:
+        """The data as columns, with the pair prepared for them."""
+        return Columns(data)
+
+    def blank(self, num_data: int, given: Batch | None) -> Any:
+        """A batch of as many rows as are wanted; its values do not matter."""
+        batch = self._example if given is None else given
+        if batch is None:
+            raise ValueError(
+                f"{self.name!r} has seen no data yet, so it cannot know their shape: fit it, "
+                "evaluate it, or pass an example batch by `given=`."
+            )
+        if isinstance(batch, Mapping):
+            return {name: _repeat(value, num_data) for name, value in batch.items()}
+        return _repeat(batch, num_data)
+
+    def __repr__(self) -> str:
+        model, guide = (getattr(p, "__qualname__", type(p).__name__) for p in self._programs)
+        return f"PyroPair({model}, {guide})"
+
+
+def _repeat(value: Tensor, num_data: int) -> Tensor:
+    return value[:1].expand(num_data, *value.shape[1:])
+
+
+def _arguments(batch: Batch) -> tuple[tuple, dict[str, Any]]:
+    if isinstance(batch, Mapping):
+        return (), dict(batch)
+    return (batch,), {}
+
+
+def _modules(*programs: Callable[..., Any]) -> list[nn.Module]:
+    """The `nn.Module`s that the programs are, or are methods of."""
+    owners = [getattr(program, "__self__", program) for program in programs]
+    modules = [owner for owner in owners if isinstance(owner, nn.Module)]
+    return list(dict.fromkeys(modules))
