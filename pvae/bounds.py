@@ -1,0 +1,191 @@
+"""Bounds and diagnostics: pure functions of log-weights (K, N), in nats.
+
+    elbo <= L_5 <= L_50 <= ... <= log p(x) <= cubo          each in expectation
+    log_weights (K, N)  -->  one number per datum, (N,)
+
+L_K is the average over the disjoint blocks of K rows, so that one matrix of weights serves a whole
+grid of K. Sources: Burda, Grosse & Salakhutdinov 2016 (IWAE, eq. 8); Li & Turner 2016 (Rényi,
+eq. 4); Dieng et al. 2017 (CUBO, eq. 5); Vehtari, Simpson, Gelman, Yao & Gabry 2024 (PSIS).
+"""
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+__all__ = [
+    "cubo",
+    "effective_sample_size",
+    "elbo",
+    "iwae",
+    "iwae_standard_error",
+    "khat_threshold",
+    "pareto_khat",
+    "renyi",
+]
+
+FEWEST_DRAWS = 25  # below this no tail can be fitted
+
+
+def _check(log_weights: Tensor) -> Tensor:
+    if log_weights.dim() != 2 or log_weights.shape[0] == 0:
+        raise ValueError(
+            "Log-weights must have shape (K, N), particles first, with K >= 1; got "
+            f"{tuple(log_weights.shape)}."
+        )
+    return log_weights
+
+
+def _blocks(log_weights: Tensor, num_particles: int | None) -> Tensor:
+    """(K, N) -> (blocks, num_particles, N); rows left over are not used."""
+    most = _check(log_weights).shape[0]
+    size = most if num_particles is None else num_particles
+    if not 1 <= size <= most:
+        raise ValueError(f"`num_particles` must lie in 1..{most}, the particles drawn; got {size}.")
+    whole = most // size
+    return log_weights[: whole * size].reshape(whole, size, -1)
+
+
+def elbo(log_weights: Tensor) -> Tensor:
+    """The evidence lower bound, E_q[log w]: the mean over K particles.
+
+    Args:
+        log_weights: (K, N), nats.
+
+    Returns:
+        (N,), nats; below log p(x) in expectation.
+    """
+    return _check(log_weights).mean(0)
+
+
+def iwae(log_weights: Tensor, num_particles: int | None = None) -> Tensor:
+    """L_k = E[log (1/k) sum_i w_i] (Burda et al. 2016, eq. 8), averaged over blocks of k rows.
+
+    Args:
+        log_weights: (K, N), nats.
+        num_particles: k; all K where left out. Rows beyond the last whole block are not used.
+
+    Returns:
+        (N,), nats; below log p(x) in expectation, by less as k grows.
+
+    Raises:
+        ValueError: if k is not in 1..K.
+    """
+    blocks = _blocks(log_weights, num_particles)
+    return (blocks.logsumexp(1) - math.log(blocks.shape[1])).mean(0)
+
+
+def iwae_standard_error(log_weights: Tensor, num_particles: int | None = None) -> Tensor:
+    """Standard error of `iwae` over draws: of its blocks' mean or, for one block, by delta method.
+
+    For one block it is the standard error of log p(x) as importance sampling estimates it,
+    sd(w) / (sqrt(K) mean(w)).
+
+    Args:
+        log_weights: (K, N), nats.
+        num_particles: k; all K where left out.
+
+    Returns:
+        (N,), nats; NaN for a single particle.
+    """
+    blocks = _blocks(log_weights, num_particles)
+    if len(blocks) > 1:
+        values = blocks.logsumexp(1)
+        return values.std(0) / math.sqrt(len(blocks))
+    relative = (blocks[0] - blocks[0].logsumexp(0) + math.log(blocks.shape[1])).exp()
+    return (
+        relative.std(0) / math.sqrt(blocks.shape[1])
+        if len(relative) > 1
+        else relative[0] * math.nan
+    )
+
+
+def renyi(log_weights: Tensor, alpha: float, num_particles: int | None = None) -> Tensor:
+    """L_alpha = 1/(1 - alpha) log (1/k) sum_i w_i^(1 - alpha) (Li & Turner 2016, eq. 4).
+
+    Args:
+        log_weights: (K, N), nats.
+        alpha: order; 0 is IWAE, 1 the ELBO, -inf the largest weight (VR-max).
+        num_particles: k, as in `iwae`.
+
+    Returns:
+        (N,), nats; decreasing in alpha. With few particles it is biased downward for alpha < 1.
+    """
+    blocks = _blocks(log_weights, num_particles)
+    if alpha == 1:
+        return blocks.mean((0, 1))
+    if alpha == -math.inf:
+        return blocks.amax(1).mean(0)
+    power = 1 - alpha
+    return ((power * blocks).logsumexp(1) - math.log(blocks.shape[1])).mean(0) / power
+
+
+def cubo(log_weights: Tensor, order: float = 2.0) -> Tensor:
+    """CUBO_n = 1/n log E_q[w^n] (Dieng et al. 2017, eq. 5), an upper bound of log p(x).
+
+    Args:
+        log_weights: (K, N), nats.
+        order: n > 1.
+
+    Returns:
+        (N,), nats. Above log p(x) where K is large; the estimate's own bias is downward, so with
+        few particles, or weights of heavy tail, it need not lie above.
+
+    Raises:
+        ValueError: if n <= 1, where it is no upper bound.
+    """
+    if order <= 1:
+        raise ValueError(f"`order` must be above 1 for an upper bound, got {order}.")
+    return renyi(log_weights, 1 - order)
+
+
+def effective_sample_size(log_weights: Tensor) -> Tensor:
+    """(sum w)^2 / sum w^2 (Kong 1992), in 1..K particles.
+
+    Args:
+        log_weights: (K, N), nats.
+
+    Returns:
+        (N,), number of equally weighted particles as good as these.
+    """
+    total = _check(log_weights).logsumexp(0)
+    return (2 * total - (2 * log_weights).logsumexp(0)).exp()
+
+
+def khat_threshold(num_particles: int) -> float:
+    """Above this k-hat the estimate is not to be believed: min(1 - 1/log10(K), 0.7).
+
+    Vehtari et al. 2024, section 3.2.4.
+    """
+    return min(1 - 1 / math.log10(num_particles), 0.7) if num_particles > 1 else -math.inf
+
+
+def pareto_khat(log_weights: Tensor) -> Tensor:
+    """Shape of the generalised Pareto tail of the weights, per datum, by ArviZ's PSIS.
+
+    Args:
+        log_weights: (K, N), nats.
+
+    Returns:
+        (N,). Weights have finite variance below 0.5; see `khat_threshold`. Zero where the largest
+        weights are all the same, so that there is no tail to fit (an exact guide). NaN with fewer
+        than 25 particles, or without a finite weight.
+    """
+    from arviz_stats.base import array_stats
+
+    values = _check(log_weights).detach().to("cpu", torch.float64).numpy()
+    khat = np.full(values.shape[1], math.nan)
+    if len(values) >= FEWEST_DRAWS:
+        # Weights of zero say nothing about the upper tail, but ArviZ needs finite numbers.
+        values = np.maximum(values, np.finfo(np.float64).min / 4)
+        tail = math.ceil(min(len(values) / 5, 3 * math.sqrt(len(values)))) + 1
+        largest = np.partition(values, len(values) - tail, axis=0)[-tail:]
+        spread = largest.max(0) - largest.min(0)
+        rounding = 64 * torch.finfo(log_weights.dtype).eps * np.maximum(1, np.abs(largest).max(0))
+        fits = (spread > rounding) & np.isfinite(log_weights.detach().cpu().numpy()).any(0)
+        khat[spread <= rounding] = 0.0
+        if fits.any():
+            # psislw takes log-likelihoods, and negates them: so it must be given -log w.
+            khat[fits] = array_stats.psislw(-values[:, fits], axis=0)[1]
+    return torch.as_tensor(khat)
