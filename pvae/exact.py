@@ -1,0 +1,337 @@
+"""log p(x) where it is tractable, in nats: what every bound can be held against.
+
+    enumeration       every latent is discrete and summable
+    linear-Gaussian   Normal sites, means affine in their parents, scales that depend on none
+    quadrature        at most two real latent dimensions, discrete latents summed out
+
+`log_prob` takes the first that applies, and refuses otherwise.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from pyro import poutine
+from torch import Tensor
+from torch.distributions import Distribution, MultivariateNormal, constraints
+
+from pvae.declare import LatentModel
+from pvae.fence import evaluating, fenced, module_device
+from pvae.nets import Linear
+from pvae.pair import Batch, Columns, Pair
+from pvae.particles import blocks, draw
+from pvae.sites import Predicted, SiteModule
+
+__all__ = ["Intractable", "linear_gaussian", "log_prob", "method", "posterior", "quadrature"]
+
+POINTS = {1: 2049, 2: 129}  # of each latent dimension
+MAX_ROWS = 100_000  # rows of a site's distribution in memory at once
+NEGLIGIBLE = 45.0  # nats below the largest value of the integrand
+
+
+class Intractable(ValueError):
+    """log p(x) of the model has no exact value here; use `pvae.evaluate` for bounds."""
+
+
+def method(model: Pair) -> str | None:
+    """How `log_prob` would compute: "enumeration", "linear-Gaussian", "quadrature" or None."""
+    if not isinstance(model, LatentModel):
+        return None
+    continuous = [name for name in model.latents if not model.module_of(name).summable]
+    if not continuous:
+        return "enumeration"
+    if all(_is_linear_gaussian(module) for module in _modules(model)):
+        return "linear-Gaussian"
+    real = all(_is_real(model.module_of(name).prototype.support) for name in continuous)
+    size = sum(math.prod(model.inputs[name].shape) for name in continuous)
+    return "quadrature" if real and size <= 2 else None
+
+
+def log_prob(model: Pair, data: Any) -> Tensor:
+    """log p(x) of each datum, exactly.
+
+    Args:
+        model: a declared model.
+        data: (N, *event), or columns by name.
+
+    Returns:
+        (N,), nats.
+
+    Raises:
+        Intractable: where none of the methods applies.
+        ValueError: for data that do not fit the model.
+    """
+    how = method(model)
+    if how is None or not isinstance(model, LatentModel):
+        raise Intractable(
+            f"log p(x) of {model.name!r} is not tractable: it has latents that cannot be "
+            "enumerated, it is not linear-Gaussian, and quadrature takes at most two real latent "
+            "dimensions of a declared model. Use pvae.evaluate for bounds and estimates."
+        )
+    if how == "linear-Gaussian":
+        return _observed(linear_gaussian(model, data), data, model)
+    return enumeration(model, data) if how == "enumeration" else quadrature(model, data)
+
+
+def _columns(model: LatentModel, data: Any) -> Columns:
+    return model.columns(data).realised().to(module_device(model))
+
+
+def _modules(model: LatentModel) -> list[SiteModule]:
+    return [model.module_of(name) for name in (*model.latents, *model.observed)]
+
+
+def _is_real(support: Any) -> bool:
+    while isinstance(support, constraints.independent):
+        support = support.base_constraint
+    return support is constraints.real or support is constraints.real_vector
+
+
+def _nothing(batch: Batch) -> None:
+    """A guide that draws nothing, so that discrete latents are summed out."""
+
+
+# ------------------------------------------------------------------------------ enumeration
+
+
+def enumeration(model: LatentModel, data: Any) -> Tensor:
+    """log sum_c p(c) p(x | c), (N,), nats, for a model all of whose latents are summable."""
+    columns = _columns(model, data)
+    values = []
+    with evaluating(model), fenced(None, module_device(model)):
+        for rows, _ in blocks(len(columns), 1, MAX_ROWS // model.categories, MAX_ROWS):
+            batch = columns.rows(rows)
+            values.append(draw(model.model, _nothing, (batch,), plates=model.plates).log_weights[0])
+    return torch.cat(values)
+
+
+# ------------------------------------------------------------------------------ linear-Gaussian
+
+
+def _is_linear_gaussian(module: SiteModule) -> bool:
+    site = module.site
+    if site.title not in ("Normal", "MultivariateNormal"):
+        return False
+    predicted = [key for key, value in site.parameters.items() if isinstance(value, Predicted)]
+    if predicted or site.net is None:
+        return not predicted
+    filled = [key for key in module.shapes if key not in site.parameters]
+    return isinstance(site.net, Linear) and filled == ["loc"]
+
+
+def linear_gaussian(model: LatentModel, data: Any) -> dict[str, tuple[Tensor, Tensor]]:
+    """Every site as offset + A eps, eps ~ N(0, I) shared by all sites.
+
+    Args:
+        model: a model whose method is "linear-Gaussian".
+        data: columns; only those that are conditioned on matter.
+
+    Returns:
+        By site the offset (N or 1, d) and A (d, size of eps), in float64.
+    """
+    batch = _columns(model, data).rows(slice(None))
+    given = {name: batch[name] for name in model.given} if isinstance(batch, dict) else {}
+    noise_size = sum(math.prod(model.inputs[n].shape) for n in (*model.latents, *model.observed))
+    found: dict[str, tuple[Tensor, Tensor]] = {}
+    start = 0
+    with evaluating(model):
+        for module in _modules_in_order(model):
+            shape, size = module.event_shape, math.prod(module.event_shape)
+            at_offset = module(_parents(module, found, given, None, model))
+            moved = module(_parents(module, found, given, noise_size, model))
+            offset = at_offset.mean.reshape(-1, size).double()
+            A = (moved.mean.reshape(-1, size).double() - offset[:1]).T
+            A = A.expand(size, noise_size).clone()
+            A[:, start : start + size] += _noise(at_offset, size)
+            start += size
+            found[module.name] = (offset.reshape(-1, *shape), A)
+    return found
+
+
+def _modules_in_order(model: LatentModel) -> Iterator[SiteModule]:
+    return (model.module_of(name) for name in model.sites if name not in model.given)
+
+
+def _parents(
+    module: SiteModule,
+    found: dict[str, tuple[Tensor, Tensor]],
+    given: dict[str, Tensor],
+    noise_size: int | None,
+    model: LatentModel,
+) -> dict[str, Tensor]:
+    """Parents' values at eps = 0, (N or 1, ...), or at each unit vector eps_j, of one datum."""
+    values = {}
+    for name in module.site.given:
+        if name in given:
+            values[name] = given[name] if noise_size is None else given[name][:1]
+            continue
+        offset, A = found[name]
+        if noise_size is not None:
+            offset = offset[:1] + A.T.reshape(noise_size, *model.inputs[name].shape)
+        values[name] = offset.to(next(model.parameters()).dtype)
+    return values
+
+
+def _noise(d: Distribution, size: int) -> Tensor:
+    if isinstance(d, MultivariateNormal):
+        return d.scale_tril.reshape(-1, size, size)[0].double()
+    return d.stddev.reshape(-1, size)[0].double().diag()
+
+
+def _joint(
+    found: dict[str, tuple[Tensor, Tensor]], data: Any, model: LatentModel
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x - its mean (N, D), and A of x, and the Cholesky factor of its covariance."""
+    batch = _columns(model, data).rows(slice(None))
+    named: Any = batch if isinstance(batch, dict) else {model.observed[0]: batch}
+    x = torch.cat([named[n].flatten(1).double() for n in model.observed], 1)
+    mean = [found[n][0].flatten(1).expand(len(x), -1) for n in model.observed]
+    A = torch.cat([found[n][1] for n in model.observed])
+    return x - torch.cat(mean, 1), A, torch.linalg.cholesky(A @ A.T)
+
+
+def _observed(found: dict[str, tuple[Tensor, Tensor]], data: Any, model: LatentModel) -> Tensor:
+    centred, _, L = _joint(found, data, model)
+    value = MultivariateNormal(torch.zeros_like(centred[0]), scale_tril=L).log_prob(centred)
+    return value.to(next(model.parameters()).dtype)
+
+
+def posterior(model: LatentModel, data: Any) -> dict[str, MultivariateNormal]:
+    """p(z | x) of each latent of a linear-Gaussian model, events flattened (Bishop 2006, 2.116).
+
+    Args:
+        model: a declared model whose method is "linear-Gaussian".
+        data: (N, *event), or columns by name.
+
+    Returns:
+        By latent a `MultivariateNormal` of batch shape (N,), in the model's dtype.
+
+    Raises:
+        Intractable: for any other model.
+    """
+    if method(model) != "linear-Gaussian":
+        raise Intractable(
+            f"p(z | x) of {model.name!r} is known in closed form for linear-Gaussian models only: "
+            "Normal sites, Linear nets for their means, scales that depend on no parent."
+        )
+    found = linear_gaussian(model, data)
+    centred, A, L = _joint(found, data, model)
+    dtype = next(model.parameters()).dtype
+    result = {}
+    for name in model.latents:
+        offset, A_z = found[name]
+        gain = torch.cholesky_solve(A @ A_z.T, L).T
+        mean = offset.flatten(1) + centred @ gain.T
+        covariance = A_z @ A_z.T - gain @ A @ A_z.T
+        covariance = (covariance + covariance.T) / 2
+        result[name] = MultivariateNormal(mean.to(dtype), covariance.to(dtype))
+    return result
+
+
+# ------------------------------------------------------------------------------ quadrature
+
+
+def quadrature(model: LatentModel, data: Any) -> Tensor:
+    """log of the integral of p(x | z) p(z) over z by the trapezoid rule on a box found per datum.
+
+    The box starts at twelve standard deviations of the prior and shrinks to where the integrand
+    lies within 45 nats of its largest value, so that the rule's error is far below rounding; modes
+    narrower than a hundredth of the prior's width and far from the largest one may be missed.
+
+    Args:
+        model: a declared model with at most two real latent dimensions.
+        data: (N, *event), or columns by name.
+
+    Returns:
+        (N,), nats.
+
+    Raises:
+        Intractable: for more dimensions, or where the rule has not converged.
+    """
+    if method(model) not in ("quadrature", "linear-Gaussian"):
+        raise Intractable(f"Quadrature takes at most two real latent dimensions: {model.name!r}.")
+    names = [name for name in model.latents if not model.module_of(name).summable]
+    dims = sum(math.prod(model.inputs[name].shape) for name in names)
+    if dims not in POINTS:
+        raise Intractable(f"Quadrature takes at most two real latent dimensions, got {dims}.")
+    columns = _columns(model, data)
+    points = POINTS[dims] ** dims
+    values = []
+    with evaluating(model), fenced(0, module_device(model)):
+        prior = model.model(_given_only(model, columns), 4096)
+        z = torch.cat([prior[name].flatten(1) for name in names], 1)
+        low, high = z.mean(0) - 12 * z.std(0), z.mean(0) + 12 * z.std(0)
+        for rows, _ in blocks(len(columns), points, MAX_ROWS // model.categories, 2**31):
+            batch = columns.rows(rows)
+            values.append(_integrate(model, batch, names, low, high, POINTS[dims]))
+    return torch.cat(values)
+
+
+def _given_only(model: LatentModel, columns: Columns) -> dict[str, Tensor]:
+    """Values that are conditioned on, of 4,096 rows of the data in turn."""
+    index = torch.arange(4096) % len(columns)
+    batch = columns.batch(index.to(module_device(model)))
+    return {name: batch[name] for name in model.given} if isinstance(batch, dict) else {}
+
+
+def _integrate(
+    model: LatentModel, batch: Batch, names: list[str], low: Tensor, high: Tensor, points: int
+) -> Tensor:
+    """Shrink the box (dims,) to each datum's own, (N, dims), then apply the rule to it."""
+    size = len(batch if isinstance(batch, Tensor) else next(iter(batch.values())))
+    low, high = low.expand(size, -1), high.expand(size, -1)
+    for _ in range(20):
+        step = (high - low) / (points - 1)
+        value = _on_grid(model, batch, names, low, step, points)
+        keep = value > value.amax(tuple(range(value.dim() - 1)), keepdim=True) - NEGLIGIBLE
+        first, last = _extent(keep)
+        if bool(((last - first) > 0.4 * points).all()):
+            break
+        low, high = low + (first - 1) * step, low + (last + 1) * step
+    fine = _trapezoid(value, step)
+    coarse = _trapezoid(value[(slice(None, None, 2),) * (value.dim() - 1)], 2 * step)
+    if bool(((fine - coarse).abs() > 1e-4).any()):
+        worst = int((fine - coarse).abs().argmax())
+        raise Intractable(
+            f"Quadrature has not converged for datum {worst} of a block: {float(fine[worst])} nats "
+            f"against {float(coarse[worst])} with half the points."
+        )
+    return fine
+
+
+def _on_grid(
+    model: LatentModel, batch: Batch, names: list[str], low: Tensor, step: Tensor, points: int
+) -> Tensor:
+    """log p(x, z) on every datum's grid, (points, ..., N)."""
+    dims = low.shape[1]
+    axis = torch.arange(points, dtype=low.dtype, device=low.device)
+    index = torch.stack(torch.meshgrid(*[axis] * dims, indexing="ij"), -1).reshape(-1, 1, dims)
+    z = low + index * step  # (points^dims, N, dims)
+    values, start = {}, 0
+    for name in names:
+        shape = model.inputs[name].shape
+        values[name] = z[..., start : start + math.prod(shape)].reshape(*z.shape[:2], *shape)
+        start += math.prod(shape)
+    program = poutine.condition(model.model, values)
+    particles = draw(program, _nothing, (batch,), num_particles=len(z), plates=model.plates)
+    return particles.log_weights.reshape(*[points] * dims, -1)
+
+
+def _extent(keep: Tensor) -> tuple[Tensor, Tensor]:
+    """First and last kept index along each axis, each (N, dims)."""
+    dims = keep.dim() - 1
+    first, last = [], []
+    for axis in range(dims):
+        others = tuple(d for d in range(dims) if d != axis)
+        along = keep.any(others) if others else keep  # (points, N)
+        order = torch.arange(len(along), device=keep.device).unsqueeze(1)
+        first.append(torch.where(along, order, len(along)).amin(0))
+        last.append(torch.where(along, order, -1).amax(0))
+    return torch.stack(first, 1), torch.stack(last, 1)
+
+
+def _trapezoid(value: Tensor, step: Tensor) -> Tensor:
+    """log of the trapezoid sum; the integrand is negligible at the box's edge."""
+    flat = value.reshape(-1, value.shape[-1])
+    return flat.logsumexp(0) + step.log().sum(1)
