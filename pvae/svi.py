@@ -1,0 +1,208 @@
+"""Fit a model by stochastic variational inference.
+
+    pair, data, objective  --fit-->  Fit: the trained model, its history, how it was made
+
+The loop knows no model: it asks for particles, calls the objective, and steps a `torch.optim`
+optimiser (Kingma & Ba 2015 by default) on mean nats per datum. After each epoch the state goes to
+the run's folder, if there is one; the same call continues a run that was killed, to the same
+numbers.
+"""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import pyro.infer
+import torch
+from torch.optim import Optimizer
+
+from pvae import checkpoint
+from pvae.declare import LatentModel
+from pvae.fence import fenced, resolve_device
+from pvae.objectives import ELBO, Objective
+from pvae.pair import Pair
+from pvae.training import Run
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = ["Fit", "fit", "load"]
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A finished fit.
+
+    Args:
+        model: the trained model, the same object that was given to `fit`.
+        history: one row an epoch: step, the objective on training and validation data and its
+            parts by site (mean nats per datum), learning rate, seconds.
+        settings: how it was made: objective, optimiser, batch size, seed, data.
+        stopped: "epochs", "steps" or "patience".
+        best_epoch: the epoch whose weights the model holds.
+    """
+
+    model: Pair
+    history: "pd.DataFrame"
+    settings: dict[str, Any]
+    stopped: str
+    best_epoch: int
+
+    def summary(self) -> "pd.DataFrame":
+        """How it was made and what came out, one row each."""
+        import pandas as pd
+
+        best: Any = self.history.loc[self.best_epoch] if len(self.history) else {}
+        rows = {
+            "model": self.model.name,
+            "objective": self.settings["objective"],
+            "data": self.settings["data"],
+            "epochs": len(self.history),
+            "stopped by": self.stopped,
+            "weights of epoch": self.best_epoch,
+            **{f"{key} (nats per datum)": best[key] for key in ("train", "valid") if key in best},
+            "seconds": self.history["seconds"].sum() if len(self.history) else 0.0,
+        }
+        return pd.DataFrame({"value": pd.Series(rows, dtype=object)})
+
+    def __repr__(self) -> str:
+        return f"Fit of {self.model.name}\n{self.summary().to_string(header=False)}"
+
+    def _repr_html_(self) -> str:
+        return self.summary().to_html(header=False)
+
+
+def fit(
+    model: Pair,
+    data: Any,
+    objective: pyro.infer.ELBO | None = None,
+    *,
+    epochs: int | None = None,
+    steps: int | None = None,
+    batch_size: int = 128,
+    lr: float = 1e-3,
+    optimizer: Callable[..., Optimizer] = torch.optim.Adam,
+    scheduler: Callable[[Optimizer], Any] | None = None,
+    clip_norm: float | None = None,
+    validation: Any = None,
+    patience: int | None = None,
+    device: str | torch.device = "auto",
+    seed: int = 0,
+    progress: bool = True,
+    folder: str | os.PathLike[str] | None = None,
+) -> Fit:
+    """Train a model and its guide, in place.
+
+    Args:
+        model: `LatentModel` or `PyroPair`.
+        data: `Data`, tensor or array (N, *event), or a mapping from site names to these.
+        objective: what to maximise: `ELBO()` (default), `IWAE(50)`, or one of Pyro's own.
+        epochs: passes over the data; 100 if `steps` is not given either.
+        steps: most optimiser steps, whichever comes first.
+        batch_size: data a step; the last batch of an epoch may be smaller.
+        lr: learning rate, given to the optimiser.
+        optimizer: a `torch.optim` class, or a function of (parameters, lr=).
+        scheduler: a function from the optimiser to a `torch.optim.lr_scheduler`, stepped each
+            epoch (with the validation bound, or without it the training one, negated, for
+            `ReduceLROnPlateau`).
+        clip_norm: largest norm of the gradient.
+        validation: data on which the bound is computed after each epoch; the weights of its best
+            epoch are restored at the end.
+        patience: epochs without a better validation bound after which to stop.
+        device: where to train; "auto" is CUDA where there is one.
+        seed: of batches, noise and particles. The initial weights are the model's own.
+        progress: show a bar.
+        folder: where to keep the run. The same call continues it if it was killed.
+
+    Returns:
+        Fit, whose `model` is the one given.
+
+    Raises:
+        ValueError: for data that do not fit the model, or settings without meaning; and where the
+            folder holds a run made with other settings.
+        FloatingPointError: at the first NaN or infinity in loss or gradient, naming step, datum
+            and site. The model keeps its last good weights.
+    """
+    objective = ELBO() if objective is None else objective
+    if epochs is None and steps is None:
+        epochs = 100
+    if patience is not None and validation is None:
+        raise ValueError(
+            "`patience` counts epochs without a better validation bound: give data by "
+            "`validation=` as well."
+        )
+    for name, value in {"epochs": epochs, "steps": steps, "batch_size": batch_size}.items():
+        if value is not None and value < 1:
+            raise ValueError(f"`{name}` must be at least 1, got {value}.")
+    place = resolve_device(device)
+    run = Run(model, objective, model.columns(data).to(place), place, batch_size, clip_norm, seed)
+    _check_objective(model, objective)
+    run.optimizer = optimizer(list(model.parameters()), lr=lr)
+    run.scheduler = None if scheduler is None else scheduler(run.optimizer)
+    if validation is not None:
+        run.validation = model.columns(validation).realised().to(place)
+    settings = run.settings(lr, optimizer, scheduler, patience)
+    with fenced(seed, place):
+        if folder is not None:
+            run.open(folder, settings)
+        run.train(epochs, steps, patience, progress, settings)
+    return Fit(model, history_table(run.history), settings, run.stopped, run.best_epoch)
+
+
+def _check_objective(model: Pair, objective: pyro.infer.ELBO) -> None:
+    if not isinstance(objective, pyro.infer.ELBO):
+        raise TypeError(
+            f"`objective` must be an objective such as pvae.ELBO() or pyro.infer.Trace_ELBO(), got "
+            f"{objective!r}."
+        )
+    sums = isinstance(objective, Objective | pyro.infer.TraceEnum_ELBO)
+    if model.summed and not sums:
+        raise ValueError(
+            f"{type(objective).__name__} cannot sum out {', '.join(model.summed)}, which the guide "
+            "does not draw. Use pvae.ELBO(), pvae.IWAE() or pyro.infer.TraceEnum_ELBO(), or add a "
+            "guide entry."
+        )
+
+
+def load(folder: str | os.PathLike[str], model: Pair | None = None) -> Fit:
+    """Read a run's folder: the declared model with its best weights, and the run's history.
+
+    Args:
+        folder: what `fit(..., folder=)` wrote.
+        model: the model to load the weights into; needed where the declaration is code (a
+            `PyroPair`, a subclass, a net of your own).
+
+    Raises:
+        FileNotFoundError: if there is no run.
+        ValueError: if it is damaged, or needs `model`, or the weights do not fit it.
+    """
+    meta, weights, training = checkpoint.read(folder)
+    if model is None:
+        if "sites" not in meta["declaration"]:
+            raise ValueError(
+                f"The run in {folder} is of {meta['declaration']['code']}, which is code: build it "
+                "and pass it by `model=`."
+            )
+        model = LatentModel.from_json(meta["declaration"])
+    state = checkpoint.unpack(meta["state"], training)
+    weights = state["best"] or weights
+    expected = set(checkpoint.module_tensors(model))
+    if expected != set(weights):
+        raise ValueError(
+            f"The weights in {folder} do not fit {model.name!r}: missing "
+            f"{sorted(expected - set(weights))}, unknown {sorted(set(weights) - expected)}."
+        )
+    model.load_state_dict(weights, strict=False)
+    best_epoch = state["best_epoch"] or len(state["history"])
+    return Fit(
+        model, history_table(state["history"]), meta["settings"], meta["stopped"], best_epoch
+    )
+
+
+def history_table(rows: list[dict[str, Any]]) -> "pd.DataFrame":
+    """One row an epoch, indexed by epoch."""
+    import pandas as pd
+
+    columns = ["epoch", "step", "train", "lr", "seconds"]
+    return pd.DataFrame(rows or None, columns=None if rows else columns).set_index("epoch")

@@ -1,0 +1,342 @@
+"""The loop behind `fit`: epochs of steps, validation after each, and a checkpoint.
+
+    Run: model, objective, data, optimiser, history  --train-->  the same, further on
+
+Everything that resuming needs is here, and is saved after each epoch: weights, optimiser, random
+state, history. So a run killed within an epoch repeats that epoch with the same numbers.
+"""
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pyro.infer
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from pvae import checkpoint
+from pvae.declare import LatentModel
+from pvae.fence import evaluating, fenced
+from pvae.objectives import ELBO, Objective
+from pvae.pair import Batch, Columns, Pair
+from pvae.particles import blocks
+
+__all__ = ["Run", "declaration_of"]
+
+MAX_ROWS = 8192  # particle-datum pairs in one pass of validation
+
+
+class Run:
+    """The state of a fit, between its epochs."""
+
+    optimizer: Optimizer
+    scheduler: Any
+    validation: Columns | None = None
+    folder: str | os.PathLike[str] | None = None
+
+    def __init__(
+        self,
+        model: Pair,
+        objective: pyro.infer.ELBO,
+        data: Columns,
+        device: torch.device,
+        batch_size: int,
+        clip_norm: float | None,
+        seed: int,
+    ):
+        self.model, self.data, self.device = model, data, device
+        self.objective: Any = objective
+        self.batch_size, self.clip_norm, self.seed = batch_size, clip_norm, seed
+        model.to(device)
+        with torch.random.fork_rng():
+            model.prepare(data.rows(slice(0, batch_size)))
+        self.history: list[dict[str, Any]] = []
+        self.step = 0
+        self.best: tuple[float, int, dict[str, Tensor]] = (-math.inf, 0, {})
+        self.stopped = ""
+
+    def settings(
+        self,
+        lr: float,
+        optimizer: Callable[..., Optimizer],
+        scheduler: Callable[[Optimizer], Any] | None,
+        patience: int | None,
+    ) -> dict[str, Any]:
+        """What makes two runs the same, as plain data."""
+        valid = self.validation
+        return {
+            "objective": title_of(self.objective),
+            "optimizer": _name_of(optimizer),
+            "lr": lr,
+            "scheduler": None if scheduler is None else _name_of(scheduler),
+            "batch_size": self.batch_size,
+            "clip_norm": self.clip_norm,
+            "patience": patience,
+            "seed": self.seed,
+            "data": f"{self.data.main.spec.space()}, {self.data.main.spec.split}",
+            "num_data": len(self.data),
+            "num_validation": None if valid is None else len(valid),
+        }
+
+    # ------------------------------------------------------------------ training
+
+    def train(
+        self,
+        epochs: int | None,
+        steps: int | None,
+        patience: int | None,
+        progress: bool,
+        settings: dict[str, Any],
+    ) -> None:
+        """Run epochs until one of the limits is reached, then restore the best weights."""
+        from tqdm.auto import tqdm
+
+        self.model.train()
+        first = len(self.history)
+        bar = tqdm(
+            total=epochs,
+            initial=first,
+            disable=not progress,
+            desc=f"{self.model.name}, {settings['objective']}",
+            unit="epoch",
+        )
+        with bar:
+            while not self._finished(epochs, steps, patience):
+                row = self._epoch(steps)
+                bar.update()
+                bar.set_postfix(
+                    {k: f"{row[k]:.2f}" for k in ("train", "valid") if k in row}, refresh=False
+                )
+                self._save(settings)
+        if self.best[2]:
+            self.model.load_state_dict(self.best[2], strict=False)
+
+    @property
+    def best_epoch(self) -> int:
+        """The epoch whose weights the model has after training."""
+        return self.best[1] or len(self.history)
+
+    def _finished(self, epochs: int | None, steps: int | None, patience: int | None) -> bool:
+        done = len(self.history)
+        if epochs is not None and done >= epochs:
+            self.stopped = "epochs"
+        elif steps is not None and self.step >= steps:
+            self.stopped = "steps"
+        elif patience is not None and done - self.best[1] >= patience:
+            self.stopped = "patience"
+        else:
+            self.stopped = ""
+        return bool(self.stopped)
+
+    def _epoch(self, steps: int | None) -> dict[str, Any]:
+        start = time.perf_counter()
+        totals: dict[str, Tensor] = {}
+        seen = 0
+        order = torch.randperm(len(self.data), device=self.device)
+        for index in order.split(self.batch_size):
+            if steps is not None and self.step >= steps:
+                break
+            parts = self._step(index)
+            seen += len(index)
+            for name, mean in parts.items():
+                totals[name] = totals.get(name, 0.0) + mean * len(index)
+        row: dict[str, Any] = {"epoch": len(self.history) + 1, "step": self.step}
+        row |= {name: float(total) / seen for name, total in totals.items()}
+        row |= self._validate()
+        row["lr"] = self.optimizer.param_groups[0]["lr"]
+        row["seconds"] = time.perf_counter() - start
+        self.history.append(row)
+        self._step_scheduler(row)
+        if "valid" in row and row["valid"] > self.best[0]:
+            weights = {k: v.clone() for k, v in checkpoint.module_tensors(self.model).items()}
+            self.best = (row["valid"], row["epoch"], weights)
+        return row
+
+    def _step(self, index: Tensor) -> dict[str, Tensor]:
+        """One optimiser step; returns the objective and its parts, means over the batch."""
+        batch = self.data.batch(index)
+        random_state = torch.get_rng_state()
+        self.optimizer.zero_grad()
+        if isinstance(self.objective, Objective):
+            particles = self.model.draw(batch, self.objective.num_particles)
+            bound = self.objective.per_datum(particles).mean()
+            if bound.requires_grad:
+                (-bound).backward()
+            parts = {"train": bound.detach()}
+            with torch.no_grad():
+                parts |= {f"train {k}": v.detach().mean() for k, v in particles.terms().items()}
+        else:
+            loss = self.objective.loss_and_grads(self.model.model, self.model.guide, batch)
+            parts = {"train": torch.as_tensor(-loss / len(index))}
+        self._check_finite(parts["train"], index, batch, random_state)
+        scale = 1.0 if isinstance(self.objective, Objective) else 1 / len(index)
+        self._step_optimizer(scale, index)
+        self.step += 1
+        return parts
+
+    def _step_optimizer(self, scale: float, index: Tensor) -> None:
+        parameters = [p for p in self.model.parameters() if p.grad is not None]
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        if scale != 1.0:
+            torch._foreach_mul_(gradients, scale)
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if not bool(norm.isfinite()):
+            bad = [n for n, p in self.model.named_parameters() if _not_finite(p.grad)]
+            raise FloatingPointError(
+                f"The gradient of {', '.join(bad) or 'the model'} is {float(norm)} at step "
+                f"{self.step + 1}, epoch {len(self.history) + 1} (data {_few(index)}). The model "
+                "keeps its last good weights. Lower `lr`, or set `clip_norm`."
+            )
+        if self.clip_norm is not None:
+            torch.nn.utils.clip_grads_with_norm_(parameters, self.clip_norm, norm)
+        self.optimizer.step()
+
+    def _step_scheduler(self, row: dict[str, Any]) -> None:
+        if isinstance(self.scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+            self.scheduler.step(-row.get("valid", row["train"]))
+        elif self.scheduler is not None:
+            self.scheduler.step()
+
+    def _validate(self) -> dict[str, float]:
+        """The bound and its parts on validation data, always with the same draws."""
+        if self.validation is None:
+            return {}
+        objective = self.objective
+        if not isinstance(objective, Objective):
+            objective = ELBO(objective.num_particles)
+        particles = objective.num_particles
+        totals: dict[str, float] = {}
+        with evaluating(self.model), fenced(self.seed, self.device):
+            for rows, _ in blocks(len(self.validation), particles, MAX_ROWS, MAX_ROWS):
+                drawn = self.model.draw(self.validation.rows(rows), particles)
+                sums = {"valid": objective.per_datum(drawn).sum()}
+                sums |= {f"valid {k}": v.mean(0).sum() for k, v in drawn.terms().items()}
+                for name, total in sums.items():
+                    totals[name] = totals.get(name, 0.0) + float(total)
+        return {name: total / len(self.validation) for name, total in totals.items()}
+
+    # ------------------------------------------------------------------ what goes wrong
+
+    def _check_finite(
+        self, bound: Tensor, index: Tensor, batch: Batch, random_state: Tensor
+    ) -> None:
+        if bool(bound.isfinite()):
+            return
+        where = "no site when it was repeated"
+        torch.set_rng_state(random_state)
+        with torch.no_grad():
+            particles = self.model.draw(batch, self.objective.num_particles)
+        for name, factor in {**particles.log_q, **particles.log_p}.items():
+            bad = ~factor.isfinite().all(0).reshape(-1, factor.shape[-1]).all(0)
+            if bool(bad.any()):
+                row = int(bad.nonzero()[0]) if len(bad) == len(index) else 0
+                where = f"site {name!r}, datum {int(index[row])}"
+                break
+        raise FloatingPointError(
+            f"The objective is {float(bound)} at step {self.step + 1}, epoch "
+            f"{len(self.history) + 1}: first in {where}. The model keeps its last good weights. "
+            "Lower `lr`, set `clip_norm`, or look at that datum."
+        )
+
+    # ------------------------------------------------------------------ the run's folder
+
+    def open(self, folder: str | os.PathLike[str], settings: dict[str, Any]) -> None:
+        """Continue the run in the folder, or start one there."""
+        self.folder = folder
+        settings["data_fingerprint"] = self.data.fingerprint()
+        if not checkpoint.has_checkpoint(folder):
+            self._save(settings)
+            return
+        meta, weights, training = checkpoint.read(folder)
+        declared = json.loads(json.dumps(declaration_of(self.model)))
+        different = {
+            key: (meta["settings"].get(key), value)
+            for key, value in settings.items()
+            if meta["settings"].get(key) != value
+        }
+        if meta["declaration"] != declared:
+            different["declaration"] = ("its own", "this model's")
+        if different:
+            found = "; ".join(
+                f"{k}: {was!r} there, {now!r} here" for k, (was, now) in different.items()
+            )
+            raise ValueError(
+                f"{folder} holds another run ({found}). Choose another `folder`, or remove it."
+            )
+        self.model.load_state_dict(weights, strict=False)
+        state = checkpoint.unpack(meta["state"], training)
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.scheduler is not None:
+            self.scheduler.load_state_dict(state["scheduler"])
+        self.history, self.step = state["history"], state["step"]
+        best = {key: value.to(self.device) for key, value in state["best"].items()}
+        self.best = (state["best_valid"], state["best_epoch"], best)
+        torch.set_rng_state(state["random"])
+        if self.device.type == "cuda":
+            torch.cuda.set_rng_state(state["random_cuda"], self.device)
+
+    def _save(self, settings: dict[str, Any]) -> None:
+        if self.folder is None:
+            return
+        tensors: dict[str, Tensor] = {}
+        state = {
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": _scheduler_state(self.scheduler),
+            "history": self.history,
+            "step": self.step,
+            "best": self.best[2],
+            "best_valid": self.best[0],
+            "best_epoch": self.best[1],
+            "random": torch.get_rng_state(),
+        }
+        if self.device.type == "cuda":
+            state["random_cuda"] = torch.cuda.get_rng_state(self.device)
+        meta = {
+            "declaration": declaration_of(self.model),
+            "settings": settings,
+            "stopped": self.stopped,
+            "state": checkpoint.pack("state", state, tensors),
+        }
+        weights = checkpoint.module_tensors(self.model)
+        checkpoint.write(self.folder, meta, weights, tensors, stamp=len(self.history))
+
+
+def declaration_of(model: Pair) -> dict[str, Any]:
+    """The model as data, or where it is code, its name."""
+    if type(model) is LatentModel:
+        try:
+            return model.to_json()
+        except TypeError:
+            pass
+    return {"code": repr(model)}
+
+
+def _scheduler_state(scheduler: Any) -> dict[str, Any]:
+    """A scheduler's numbers; its functions come from the call that resumes."""
+    if scheduler is None:
+        return {}
+    kept = (bool, int, float, str, list, type(None))
+    return {k: v for k, v in scheduler.state_dict().items() if isinstance(v, kept)}
+
+
+def title_of(objective: pyro.infer.ELBO) -> str:
+    if isinstance(objective, Objective):
+        return repr(objective)
+    return f"{type(objective).__name__}(num_particles={objective.num_particles})"
+
+
+def _name_of(function: Callable[..., Any]) -> str:
+    return getattr(function, "__qualname__", None) or repr(function)
+
+
+def _not_finite(gradient: Tensor | None) -> bool:
+    return gradient is not None and not bool(gradient.isfinite().all())
+
+
+def _few(index: Tensor) -> str:
+    shown = ", ".join(str(int(i)) for i in index[:5])
+    return shown + (", ..." if len(index) > 5 else "")
