@@ -1,0 +1,440 @@
+"""Mixture of Gaussians by expectation maximisation (EM), in batched tensor operations.
+
+    data (N, *event)  --fit_em-->  GaussianMixture  --log_prob-->  (N,), nats, exact
+                                                    --responsibilities-->  (N, C)
+
+p(x) = Σ_c π_c N(x; μ_c, Σ_c). Sources: Dempster, Laird & Rubin 1977, "Maximum likelihood from
+incomplete data via the EM algorithm"; Bishop 2006, "Pattern recognition and machine learning",
+chapter 9.
+
+Both steps run over blocks of rows and keep sums only, so memory does not grow with N x C. They are
+matrix products in float64 on centred data (see `rows`).
+"""
+
+import difflib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.linalg import solve_triangular
+
+from pvae.baselines.rows import as_rows, blocks, mean
+
+if TYPE_CHECKING:
+    from pvae.declare import LatentModel
+
+__all__ = ["COVARIANCES", "GaussianMixture", "fit_em"]
+
+COVARIANCES = ("diag", "full", "spherical", "tied")
+EMPTY = 10 * torch.finfo(torch.float64).eps  # a component claiming fewer data than this is empty
+NEGLIGIBLE = 1e-30  # far below `EMPTY`: responsibilities that no sum notices
+NUM_LLOYD = 10  # k-means iterations before EM
+NUM_SEEDED = 10_000  # k-means++ looks at this many data, or 20 a component
+
+
+@dataclass(frozen=True, eq=False)
+class GaussianMixture:
+    """p(x) = Σ_c π_c N(x; μ_c, Σ_c): C components over data of D elements.
+
+    `scale_tril` holds standard deviations for "diag" (C, D) and "spherical" (C,), and lower
+    Cholesky factors L, Σ = L Lᵀ, for "full" (C, D, D) and "tied" (D, D). Entry i of
+    `log_likelihood` is before update i, so the last is one update behind the parameters.
+    """
+
+    weights: Tensor  # (C,)
+    means: Tensor  # (C, D)
+    scale_tril: Tensor  # see above
+    covariance: str  # one of `COVARIANCES`
+    log_likelihood: Tensor  # (iterations,), mean over the training data, nats per datum
+    converged: bool
+
+    def log_prob(self, x: Any) -> Tensor:
+        """log p(x) of data (N, *event): (N,), in nats, exact (Bishop 2006, eq. 9.7).
+
+        Raises ValueError if x does not fit or is not finite.
+        """
+        return self._map(lambda log_joint: log_joint.logsumexp(dim=1), x)
+
+    def responsibilities(self, x: Any) -> Tensor:
+        """p(c | x) of data (N, *event): (N, C), rows summing to one (Bishop 2006, eq. 9.23).
+
+        Raises ValueError if x does not fit or is not finite.
+        """
+        return self._map(lambda log_joint: log_joint.softmax(dim=1), x)
+
+    def sample(self, num: int) -> Tensor:
+        """Draw (num, D) from p(x) with torch's global generator."""
+        component = torch.multinomial(self.weights, num, replacement=True)
+        noise = self.means.new_empty(num, self.means.shape[1]).normal_()
+        match self.covariance:
+            case "diag":
+                noise *= self.scale_tril[component]
+            case "spherical":
+                noise *= self.scale_tril[component, None]
+            case "tied":
+                noise = noise @ self.scale_tril.T
+            case "full":
+                for c in component.unique():
+                    noise[component == c] = noise[component == c] @ self.scale_tril[c].T
+        return self.means[component] + noise
+
+    def to_model(self) -> "LatentModel":
+        """The same mixture as the declared `pvae.models.mixture_of_gaussians`, to evaluate it.
+
+        Empty components get the smallest positive weight there is, in place of zero.
+        """
+        from pvae.models import mixture_of_gaussians
+
+        num_components, size = self.means.shape
+        model = mixture_of_gaussians(size, num_components, self.covariance)
+        model.to(self.means.device, self.means.dtype)
+        weights = self.weights.clamp(min=torch.finfo(self.weights.dtype).tiny)
+        model.module_of("c").assign("logits", weights.log())
+        x = model.module_of("x")
+        x.assign("loc", self.means)
+        if self.covariance in ("diag", "spherical"):
+            x.assign("scale", self.scale_tril.reshape(num_components, -1))
+        else:
+            x.assign("scale_tril", self.scale_tril)
+        return model
+
+    def _map(self, function: Callable[[Tensor], Tensor], x: Any) -> Tensor:
+        """`function` of log p(c, x), block by block: in the mixture's type, on the device of x."""
+        rows = as_rows(x, size=self.means.shape[1])
+        centre = mean(self.means)
+        centred = _centred(self, centre)
+        parts = blocks(rows.to(centre.device), centre, columns=len(self.weights))
+        result = torch.cat([function(_log_joint(block, centred)) for block in parts])
+        return result.to(rows.device, self.weights.dtype)
+
+
+def fit_em(
+    data: Any,
+    num_components: int,
+    covariance: str = "diag",
+    *,
+    means: Tensor | None = None,
+    start: GaussianMixture | None = None,
+    num_starts: int = 1,
+    max_iter: int = 100,
+    tol: float = 1e-3,
+    regularisation: float = 1e-6,
+    seed: int = 0,
+    device: str | torch.device = "auto",
+) -> GaussianMixture:
+    """Fit a mixture of Gaussians to `data` by EM (Bishop 2006, section 9.2.2).
+
+    Takes a `pvae.data.Data`, tensor or array (N, *event). Each of `num_starts` starts is k-means++
+    and ten k-means iterations, and the best fit is returned. Instead, `means` (C, D) puts each
+    datum with the nearest mean, and `start`, a mixture, is updated as it is. EM ends when the mean
+    log-likelihood changes by less than `tol` nats, or after `max_iter` updates. `regularisation` is
+    added to each variance, as in scikit-learn; while it is small beside the variances, the
+    log-likelihood never falls.
+
+    A component that no datum is given to keeps its mean and covariance; its weight is zero from
+    then on. The result has the data's floating type and lies on `device`: "auto" is CUDA where
+    there is one. The caller's random state is not touched.
+
+    Raises ValueError for arguments out of range or that contradict each other, for data that is not
+    finite or has fewer than two rows or fewer rows than components, and for a covariance that is
+    not positive definite.
+    """
+    x = as_rows(data)
+    _check(x, num_components, covariance, num_starts, max_iter, regularisation)
+    _check_start(x, num_components, covariance, num_starts, means, start)
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    x = x.to(device)
+    centre = mean(x)
+    generator = torch.Generator().manual_seed(seed)
+
+    def run() -> GaussianMixture:
+        if start is not None:
+            return _iterate(x, centre, _centred(start, centre), max_iter, tol, regularisation)
+        if means is not None:
+            seeds = torch.as_tensor(means).to(centre) - centre
+        else:
+            seeds = _k_means(x, centre, num_components, generator)
+        first = _from_means(x, centre, seeds, covariance, regularisation)
+        return _iterate(x, centre, first, max_iter, tol, regularisation)
+
+    best = max((run() for _ in range(num_starts)), key=lambda fit: fit.log_likelihood[-1].item())
+    return replace(
+        best,
+        weights=best.weights.to(x.dtype),
+        means=(best.means + centre).to(x.dtype),
+        scale_tril=best.scale_tril.to(x.dtype),
+    )
+
+
+def _iterate(
+    x: Tensor,
+    centre: Tensor,
+    mixture: GaussianMixture,
+    max_iter: int,
+    tol: float,
+    regularisation: float,
+) -> GaussianMixture:
+    """E and M steps from `mixture` until the log-likelihood settles (Bishop 2006, eq. 9.28)."""
+    log_likelihood: list[float] = []
+    converged = False
+    while len(log_likelihood) < max_iter and not converged:
+        sums = _add_up(x, centre, mixture, _posterior)
+        mixture = _maximise(sums, mixture, regularisation)
+        log_likelihood.append(sums.log_likelihood.item() / len(x))
+        converged = len(log_likelihood) > 1 and abs(log_likelihood[-1] - log_likelihood[-2]) < tol
+    history = torch.tensor(log_likelihood, dtype=torch.float64)
+    return replace(mixture, log_likelihood=history, converged=converged)
+
+
+class _Sums(NamedTuple):
+    """Σ_n of what the M step needs, r_nc being the responsibilities (Bishop 2006, eq. 9.27)."""
+
+    N: Tensor  # (C,), Σ r
+    x: Tensor  # (C, D), Σ r x
+    xx: Tensor  # Σ r x² (C, D); full: Σ r x xᵀ (C, D, D); tied: Σ x xᵀ (D, D)
+    log_likelihood: Tensor  # (), nats
+
+
+_Assign = Callable[[Tensor, GaussianMixture], tuple[Tensor, Tensor]]
+
+
+def _add_up(x: Tensor, centre: Tensor, mixture: GaussianMixture, assign: _Assign) -> _Sums:
+    """Give each datum to the components by `assign`, block by block, and keep the sums."""
+    num_components, size = mixture.means.shape
+    shape = {"full": (num_components, size, size), "tied": (size, size)}
+    zeros = mixture.means.new_zeros
+    sums = _Sums(
+        N=zeros(num_components),
+        x=zeros(num_components, size),
+        xx=zeros(shape.get(mixture.covariance, (num_components, size))),
+        log_likelihood=zeros(()),
+    )
+    for block in blocks(x, centre, columns=num_components):
+        log_p, r = assign(block, mixture)
+        sums.log_likelihood.add_(log_p.sum())
+        sums.N.add_(r.sum(dim=0))
+        sums.x.addmm_(r.T, block)
+        match mixture.covariance:
+            case "diag" | "spherical":
+                sums.xx.addmm_(r.T, block.square_())
+            case "tied":
+                sums.xx.addmm_(block.T, block)
+            case "full":
+                for c, r_c in enumerate(r.T):
+                    claimed = r_c > NEGLIGIBLE  # few: most data have one likely component
+                    rows = block[claimed]
+                    sums.xx[c].addmm_(rows.T * r_c[claimed], rows)
+    return sums
+
+
+def _posterior(x: Tensor, mixture: GaussianMixture) -> tuple[Tensor, Tensor]:
+    """The E step: log p(x) (B,) and the responsibilities (B, C) (Bishop 2006, eq. 9.23)."""
+    log_joint = _log_joint(x, mixture)
+    log_p = log_joint.logsumexp(dim=1)
+    return log_p, log_joint.sub_(log_p[:, None]).exp_()
+
+
+def _nearest(x: Tensor, mixture: GaussianMixture) -> tuple[Tensor, Tensor]:
+    """k-means: 1 for the component with the nearest mean, 0 for others (Bishop 2006, eq. 9.2)."""
+    distance = torch.addmm(mixture.means.square().sum(dim=1), x, mixture.means.T, alpha=-2)
+    one_hot = torch.zeros_like(distance).scatter_(1, distance.argmin(dim=1, keepdim=True), 1)
+    return x.new_zeros(len(x)), one_hot
+
+
+def _maximise(sums: _Sums, previous: GaussianMixture, regularisation: float) -> GaussianMixture:
+    """The M step (Bishop 2006, eqs 9.24-9.26). An empty component keeps its mean and covariance."""
+    filled = sums.N > EMPTY
+    N = sums.N[filled]
+    m = sums.x[filled] / N[:, None]
+    means, scale_tril = previous.means.clone(), previous.scale_tril.clone()
+    means[filled] = m
+    match previous.covariance:
+        case "diag":
+            variance = sums.xx[filled] / N[:, None] - m.square()
+            scale_tril[filled] = _square_root(variance + regularisation)
+        case "spherical":
+            variance = (sums.xx[filled] / N[:, None] - m.square()).mean(dim=1)
+            scale_tril[filled] = _square_root(variance + regularisation)
+        case "tied":
+            scatter = sums.xx - (m.T * N) @ m
+            scale_tril = _cholesky(scatter / N.sum(), regularisation)
+        case "full":
+            scatter = sums.xx[filled] / N[:, None, None]
+            scale_tril[filled] = _cholesky(scatter - m[:, :, None] * m[:, None, :], regularisation)
+    weights = sums.N / sums.N.sum()
+    return replace(previous, weights=weights, means=means, scale_tril=scale_tril)
+
+
+def _log_joint(x: Tensor, mixture: GaussianMixture) -> Tensor:
+    """log π_c + log N(x_n; μ_c, Σ_c) of a block (B, D): (B, C)."""
+    m, scale = mixture.means, mixture.scale_tril
+    log_weights = mixture.weights.log()
+    match mixture.covariance:
+        case "diag":
+            return _diagonal(x, m, scale) + log_weights
+        case "spherical":
+            return _diagonal(x, m, scale[:, None].expand_as(m)) + log_weights
+        case "tied":
+            x, m = _whiten(x, scale), _whiten(m, scale)
+            log_volume = scale.diagonal().log().sum()
+            return _diagonal(x, m, torch.ones_like(m)) + (log_weights - log_volume)
+    log_volumes = scale.diagonal(dim1=1, dim2=2).log().sum(dim=1)
+    constant = log_weights - log_volumes - x.shape[1] / 2 * math.log(2 * math.pi)
+    distances = [_whiten(x - m_c, L).square().sum(dim=1) for m_c, L in zip(m, scale, strict=True)]
+    return constant - torch.stack(distances, dim=1) / 2
+
+
+def _diagonal(x: Tensor, m: Tensor, scale: Tensor) -> Tensor:
+    """log N(x_n; m_c, diag scale_c²), (B, C): the square multiplied out, two matrix products."""
+    precision = scale.pow(-2)
+    constant = -(m.square() * precision).sum(dim=1) / 2 - scale.log().sum(dim=1)
+    constant = constant - x.shape[1] / 2 * math.log(2 * math.pi)
+    linear = torch.addmm(constant, x, (m * precision).T)
+    return linear.addmm_(x.square(), precision.T, alpha=-0.5)
+
+
+def _whiten(x: Tensor, L: Tensor) -> Tensor:
+    """L⁻¹ x_n for each row x_n. A triangular solve costs half a product with the inverse."""
+    return solve_triangular(L, x.T, upper=False).T
+
+
+def _k_means(x: Tensor, centre: Tensor, num_components: int, generator: torch.Generator) -> Tensor:
+    """k-means++ on a random part of the data, then k-means on all: means (C, D), centred."""
+    from sklearn.cluster import kmeans_plusplus
+
+    num_seeded = max(NUM_SEEDED, 20 * num_components)
+    chosen = torch.randperm(len(x), generator=generator)[:num_seeded]
+    part = (x[chosen.to(x.device)] - centre).cpu().numpy()
+    random_state = int(torch.randint(2**31, (), generator=generator))
+    seeds, _ = kmeans_plusplus(part, num_components, random_state=random_state)
+    mixture = _broad(torch.from_numpy(seeds).to(centre), "spherical", 1.0)
+    for _ in range(NUM_LLOYD):
+        mixture = _maximise(_add_up(x, centre, mixture, _nearest), mixture, regularisation=1.0)
+    return mixture.means
+
+
+def _from_means(
+    x: Tensor, centre: Tensor, means: Tensor, covariance: str, regularisation: float
+) -> GaussianMixture:
+    """One M step with each datum at its nearest mean; a mean without data gets the mean spread."""
+    variance = sum(block.square().sum() for block in blocks(x, centre)) / x.numel()
+    spread = math.sqrt(variance + regularisation)
+    broad = _broad(means, covariance, spread)
+    return _maximise(_add_up(x, centre, broad, _nearest), broad, regularisation)
+
+
+def _broad(means: Tensor, covariance: str, spread: float) -> GaussianMixture:
+    """Equal weights and spheres of standard deviation `spread` about `means`."""
+    num_components, size = means.shape
+    identity = torch.eye(size).to(means)
+    ones = {
+        "diag": torch.ones_like(means),
+        "full": identity.repeat(num_components, 1, 1),
+        "spherical": torch.ones_like(means[:, 0]),
+        "tied": identity,
+    }
+    return GaussianMixture(
+        weights=torch.full_like(means[:, 0], 1 / num_components),
+        means=means,
+        scale_tril=spread * ones[covariance],
+        covariance=covariance,
+        log_likelihood=means.new_empty(0),
+        converged=False,
+    )
+
+
+def _centred(mixture: GaussianMixture, centre: Tensor) -> GaussianMixture:
+    """`mixture` in the coordinates x - centre, in float64."""
+    return replace(
+        mixture,
+        weights=mixture.weights.to(centre),
+        means=mixture.means.to(centre) - centre,
+        scale_tril=mixture.scale_tril.to(centre),
+    )
+
+
+def _square_root(variance: Tensor) -> Tensor:
+    """Standard deviations, refusing variances that are not positive."""
+    _refuse_unless((variance > 0).all())
+    return variance.sqrt()
+
+
+def _cholesky(covariance: Tensor, regularisation: float) -> Tensor:
+    """The Cholesky factor of `covariance` + `regularisation` I, refusing what has none."""
+    covariance.diagonal(dim1=-2, dim2=-1).add_(regularisation)
+    factor, info = torch.linalg.cholesky_ex(covariance)
+    _refuse_unless((info == 0).all() & factor.isfinite().all())
+    return factor
+
+
+def _refuse_unless(positive_definite: Tensor) -> None:
+    if not positive_definite:
+        raise ValueError(
+            "Each covariance must be positive definite, got one that is not: in some direction the "
+            "data of a component do not vary. Raise `regularisation`, ask for fewer components, "
+            "or add noise to the data (dequantise grey levels)."
+        )
+
+
+def _check(
+    x: Tensor,
+    num_components: int,
+    covariance: str,
+    num_starts: int,
+    max_iter: int,
+    regularisation: float,
+) -> None:
+    if covariance not in COVARIANCES:
+        near = difflib.get_close_matches(covariance, COVARIANCES, n=1, cutoff=0)
+        raise ValueError(
+            f"`covariance` must be one of {', '.join(COVARIANCES)}, got {covariance!r}. "
+            f"Did you mean {near[0]!r}?"
+        )
+    counts = {"num_components": num_components, "num_starts": num_starts, "max_iter": max_iter}
+    for name, count in counts.items():
+        if count < 1:
+            raise ValueError(f"`{name}` must be at least 1, got {count}.")
+    if not 0 <= regularisation < math.inf:
+        raise ValueError(
+            f"`regularisation` must be a variance, finite and not negative, got {regularisation}."
+        )
+    if len(x) < max(2, num_components):
+        raise ValueError(
+            f"A mixture of {num_components} Gaussians needs {max(2, num_components)} data or more, "
+            f"got {len(x)}. Ask for fewer components or give more data."
+        )
+
+
+def _check_start(
+    x: Tensor,
+    num_components: int,
+    covariance: str,
+    num_starts: int,
+    means: Tensor | None,
+    start: GaussianMixture | None,
+) -> None:
+    if means is None and start is None:
+        return
+    if (means is not None and start is not None) or num_starts > 1:
+        raise ValueError(
+            "EM can begin from one place only: give `means`, or `start`, or `num_starts` above 1, "
+            "and leave the others out."
+        )
+    expected = (num_components, x.shape[1])
+    given = torch.as_tensor(means if start is None else start.means)
+    if tuple(given.shape) != expected:
+        raise ValueError(
+            f"The means to begin from must have shape (C, D) = {expected}, "
+            f"got {tuple(given.shape)}. Images? Flatten each mean first: `means.flatten(1)`."
+        )
+    if not given.isfinite().all():
+        raise ValueError("The means to begin from must be finite, got NaN or infinity.")
+    if start is not None and start.covariance != covariance:
+        raise ValueError(
+            f"`start` must have the covariance asked for, {covariance!r}, "
+            f"got {start.covariance!r}. Pass that, or `means=start.means`."
+        )

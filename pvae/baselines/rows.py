@@ -1,0 +1,55 @@
+"""Rows: data of any kind as one matrix, and that matrix in blocks.
+
+    Data, tensor or array (N, *event)  --as_rows-->  (N, D)  --blocks-->  (B, D), (B, D), ...
+
+The baselines calculate in float64 whatever the data's type, because their matrix products subtract
+large numbers: with 50 diagonal components on dequantised MNIST, centred, float32 puts log p(x)
+wrong by up to 2.4 nats a datum.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pvae.data import Data
+
+__all__ = ["BLOCK_ELEMENTS", "as_rows", "blocks", "mean"]
+
+# Elements in one block of rows: on a CPU it should stay near the cache, on a GPU fill the device.
+BLOCK_ELEMENTS = {"cpu": 2**20, "cuda": 2**26}
+
+
+def as_rows(data: Any, size: int | None = None) -> Tensor:
+    """Flatten a `Data`, tensor or array (N, *event) to (N, D), float32 or float64.
+
+    Raises ValueError on NaN or infinity, or when D is not `size`.
+    """
+    values = Data.of(data).realised().values
+    x = values.reshape(len(values), -1)
+    if size is not None and x.shape[1] != size:
+        raise ValueError(
+            f"Each datum must have {size} elements, as when the model was fitted, "
+            f"got {x.shape[1]}: data of shape {tuple(values.shape)}. One datum? Pass `x[None]`."
+        )
+    return x
+
+
+def blocks(x: Tensor, centre: Tensor, columns: int = 1) -> Iterator[Tensor]:
+    """Yield x - centre in float64, a block (B, D) at a time; B falls with D and `columns`.
+
+    Each block overwrites the one before: fresh memory would cost more in page faults than the sums.
+    """
+    num_rows = max(1, BLOCK_ELEMENTS[x.device.type] // max(x.shape[1], columns))
+    buffer = torch.empty_like(x[:num_rows], dtype=torch.float64)
+    for block in x.split(num_rows):
+        yield buffer[: len(block)].copy_(block).sub_(centre)
+
+
+def mean(x: Tensor) -> Tensor:
+    """The mean of the rows, (D,), in float64."""
+    total = x.new_zeros(x.shape[1], dtype=torch.float64)
+    for block in blocks(x, total.clone()):
+        total += block.sum(dim=0)
+    return total / len(x)
