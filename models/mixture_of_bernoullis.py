@@ -1,0 +1,18 @@
+"""The mixture of Bernoullis, its component summed out: log p(x) is exact.
+
+c ~ Categorical(pi),    x_d | c ~ Bernoulli(p_cd), independent given c
+"""
+
+from pyro.distributions import Bernoulli, Categorical
+
+from pvae import Latent, LatentModel, Learned, Observed
+from pvae.nets import Table
+
+
+def mixture_of_bernoullis(data_size: int = 784, num_components: int = 10) -> LatentModel:
+    """p(c) = Categorical(pi), p(x | c) = Bernoulli(p_c)."""
+    return LatentModel(
+        c=Latent(Categorical, num_components, logits=Learned(0.0, num_components)),
+        x=Observed(Bernoulli, data_size, given="c", net=Table()),
+        name="mixture_of_bernoullis",
+    )
