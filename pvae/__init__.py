@@ -1,0 +1,44 @@
+"""Declare a latent-variable model, fit it, and learn how well log p(x) is known."""
+
+from pvae import bounds, exact, nets
+from pvae.baselines import fit_em, fit_ppca
+from pvae.data import Data, DataSpec, load_data
+from pvae.declare import Given, Latent, LatentModel, Learned, Observed, Predicted
+from pvae.evaluation import Comparison, Evaluation, compare, evaluate
+from pvae.objectives import ELBO, IWAE
+from pvae.particles import log_weights
+from pvae.pyro_pair import PyroPair
+from pvae.svi import Fit, fit, load
+
+from pvae import models  # isort: skip  (declared with the names above)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ELBO",
+    "IWAE",
+    "Comparison",
+    "Data",
+    "DataSpec",
+    "Evaluation",
+    "Fit",
+    "Given",
+    "Latent",
+    "LatentModel",
+    "Learned",
+    "Observed",
+    "Predicted",
+    "PyroPair",
+    "bounds",
+    "compare",
+    "evaluate",
+    "exact",
+    "fit",
+    "fit_em",
+    "fit_ppca",
+    "load",
+    "load_data",
+    "log_weights",
+    "models",
+    "nets",
+]

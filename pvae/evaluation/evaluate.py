@@ -1,0 +1,197 @@
+"""Importance sampling of log p(x): one pass of weights, and everything that is a function of it.
+
+pair, data  --weigh-->  (K, n) weights, block by block of data  --bounds-->  Evaluation
+"""
+
+import time
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pvae import bounds, exact
+from pvae.evaluation.result import Evaluation
+from pvae.fence import evaluating, fenced, resolve_device
+from pvae.pair import Columns, Pair, guide_mean
+from pvae.particles import Particles, weigh
+
+__all__ = ["evaluate"]
+
+GRID = (1, 5, 50, 500, 5000, 50_000)
+PART_PARTICLES = 64  # enough for the parts of the ELBO, whose spread is small
+
+
+def evaluate(
+    model: Pair,
+    data: Any,
+    num_particles: int = 5000,
+    *,
+    grid: Sequence[int] | None = None,
+    proposal: str = "guide",
+    seed: int = 0,
+    device: str | torch.device = "auto",
+    progress: bool = False,
+) -> Evaluation:
+    """Evaluate log p(x): ELBO and IWAE bounds on a grid of K, k-hat, ESS, KL and active units.
+
+    One matrix of weights serves the whole grid: L_k is averaged over its disjoint blocks of k rows.
+    Where log p(x) is exact in closed form (`exact.method` "enumeration" or "linear-Gaussian") it is
+    reported beside the bounds; where every latent is summed out, instead of them. The model is left
+    as it was, and so is the caller's random state.
+
+    Args:
+        model: `LatentModel` or `PyroPair`.
+        data: (N, *event), or columns by name; noise of a training split is drawn once.
+        num_particles: K, drawn exactly, in memory that does not grow with it.
+        grid: sizes k <= K of the bounds; 1, 5, 50, ... and K where left out.
+        proposal: "guide", or "prior" for naive Monte Carlo, whose k-hat says why not.
+        seed: of the draws.
+        device: where to run; "auto" is CUDA where there is one.
+        progress: show a bar.
+
+    Returns:
+        Evaluation, in nats.
+
+    Raises:
+        ValueError: for data that do not fit the model, K below 1, or a grid outside 1..K.
+    """
+    start = time.perf_counter()
+    if num_particles < 1:
+        raise ValueError(f"`num_particles` must be at least 1, got {num_particles}.")
+    sizes = _grid(grid, num_particles)
+    place = resolve_device(device)
+    columns = model.columns(data).realised()
+    before = next(model.parameters(), torch.empty(0)).device
+    model.to(place)
+    try:
+        on_device = columns.to(place)
+        with torch.random.fork_rng():
+            model.prepare(on_device.rows(slice(0, 2)))
+        how = exact.method(model)
+        closed = how in ("enumeration", "linear-Gaussian")
+        known = exact.log_prob(model, data) if closed else None
+        passes = _Passes(sizes)
+        if how != "enumeration":
+            with evaluating(model), fenced(seed, place):
+                passes.run(model, on_device, num_particles, proposal, progress)
+    finally:
+        model.to(before)
+    per_datum, per_unit = passes.datasets(known)
+    return Evaluation(
+        model=model.name,
+        spec=columns.main.spec,
+        fingerprint=columns.fingerprint(),
+        num_particles=0 if how == "enumeration" else num_particles,
+        proposal=proposal,
+        per_datum=per_datum,
+        per_unit=per_unit,
+        seconds=time.perf_counter() - start,
+    )
+
+
+def _grid(grid: Sequence[int] | None, num_particles: int) -> list[int]:
+    if grid is None:
+        return sorted({size for size in GRID if size < num_particles} | {num_particles})
+    if bad := [size for size in grid if not 1 <= size <= num_particles]:
+        raise ValueError(f"`grid` must lie in 1..{num_particles}, the particles drawn; got {bad}.")
+    return sorted({*grid, num_particles})
+
+
+class _Passes:
+    """What is kept of the weights: a few numbers a datum, whatever K is."""
+
+    def __init__(self, sizes: list[int]):
+        self.sizes = sizes
+        self.per_datum: list[dict[str, Tensor]] = []
+        self.unit_kl: dict[str, list[Tensor]] = {}
+        self.unit_mean: dict[str, list[Tensor]] = {}
+
+    def run(
+        self, model: Pair, columns: Columns, num_particles: int, proposal: str, progress: bool
+    ) -> None:
+        from tqdm.auto import tqdm
+
+        blocks = weigh(model, columns, num_particles, proposal)
+        with tqdm(
+            total=len(columns), disable=not progress, desc=f"{model.name}, log p(x)", unit="datum"
+        ) as bar:
+            for rows, passes in blocks:
+                self._block(passes)
+                bar.update(rows.stop - rows.start)
+
+    def _block(self, passes: Iterable[Particles]) -> None:
+        weights: list[Tensor] = []
+        parts: list[Particles] = []
+        seen = 0
+        for particles in passes:
+            weights.append(particles.log_weights)
+            if seen < PART_PARTICLES:
+                parts.append(particles)
+            seen += len(weights[-1])
+        row = _bounds(torch.cat(weights), self.sizes)
+        row |= _average([particles.terms() for particles in parts])
+        self.per_datum.append({name: value.cpu() for name, value in row.items()})
+        for kept, of in ((self.unit_kl, unit_kl), (self.unit_mean, unit_mean)):
+            for name, value in _average([of(particles) for particles in parts]).items():
+                kept.setdefault(name, []).append(value.cpu())
+
+    def datasets(self, known: Tensor | None) -> tuple[Any, Any]:
+        """Per datum and per unit, as xarray Datasets."""
+        import xarray as xr
+
+        columns: dict[str, Any] = {}
+        for name in self.per_datum[0] if self.per_datum else ():
+            value = torch.cat([row[name] for row in self.per_datum], -1).double().numpy()
+            columns[name] = (("particles", "datum")[-value.ndim :], value)
+        if known is not None:
+            columns["exact"] = ("datum", known.double().cpu().numpy())
+        coords = {"particles": self.sizes} if self.per_datum else {}
+        units: dict[str, Any] = {}
+        for name, values in self.unit_kl.items():
+            kl = torch.cat(values).double().flatten(1).mean(0)
+            units[f"KL[{name}]"] = (f"unit of {name}", kl.numpy())
+        for name, values in self.unit_mean.items():
+            means = torch.cat(values).double().flatten(1)
+            if len(means) > 1:
+                units[f"activity[{name}]"] = (f"unit of {name}", means.var(0).numpy())
+        return xr.Dataset(columns, coords), xr.Dataset(units)
+
+
+def _bounds(log_weights: Tensor, sizes: list[int]) -> dict[str, Tensor]:
+    weights = log_weights.double()
+    return {
+        "bound": torch.stack([bounds.iwae(weights, size) for size in sizes]),
+        "bound_se": torch.stack([bounds.iwae_standard_error(weights, size) for size in sizes]),
+        "ess": bounds.effective_sample_size(weights),
+        "khat": bounds.pareto_khat(log_weights),
+    }
+
+
+def _average(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Means over particles (dimension 0), of several passes together."""
+    return {name: torch.cat([part[name] for part in parts]).mean(0) for name in parts[0]}
+
+
+def unit_kl(particles: Particles) -> dict[str, Tensor]:
+    """log q - log p by unit of each guided latent whose q and p both factorise, (K, N, ...)."""
+    found = {}
+    for name in particles.log_q:
+        q = getattr(particles.guide_sites[name], "base_dist", None)
+        p = getattr(particles.model_sites.get(name), "base_dist", None)
+        value = particles.values[name]
+        if q is None or p is None or q.event_shape or p.event_shape:
+            continue
+        difference = q.log_prob(value) - p.log_prob(value)
+        if difference.shape == value.shape:  # else it depends on a summed latent
+            found[name] = difference
+    return found
+
+
+def unit_mean(particles: Particles) -> dict[str, Tensor]:
+    """E_q[z | x] of each guided latent of floating point, (K, N, *event)."""
+    return {
+        name: guide_mean(particles, name)
+        for name in particles.log_q
+        if particles.values[name].is_floating_point() and name in particles.model_sites
+    }
