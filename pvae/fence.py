@@ -5,8 +5,10 @@ enter) and flushes denormal floats to zero: importance weights underflow into th
 on denormals is many times slower. All three are as they were when the block ends.
 """
 
+import ctypes
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pyro
 import torch
@@ -19,15 +21,53 @@ __all__ = ["evaluating", "fenced", "module_device", "resolve_device"]
 def fenced(seed: int | None, device: torch.device) -> Iterator[None]:
     """Run a block with its own random state, without validation and without denormals."""
     devices = [device] if device.type == "cuda" else []
-    flushed = _flushes_denormals()
-    with torch.random.fork_rng(devices), pyro.validation_enabled(False):
-        torch.set_flush_denormal(True)
-        try:
-            if seed is not None:
-                torch.manual_seed(seed)
-            yield
-        finally:
-            torch.set_flush_denormal(flushed)
+    with (
+        torch.random.fork_rng(devices),
+        pyro.validation_enabled(False),
+        _without_denormals(),
+    ):
+        if seed is not None:
+            torch.manual_seed(seed)
+        yield
+
+
+_depth = 0  # of fences within fences, of which only the outermost sets the flag
+
+
+@contextmanager
+def _without_denormals() -> Iterator[None]:
+    global _depth
+    before = _flushes_denormals()
+    if _depth == 0:
+        _flush_denormals(True)
+    _depth += 1
+    try:
+        yield
+    finally:
+        _depth -= 1
+        if _depth == 0:
+            _flush_denormals(before)
+
+
+def _flush_denormals(flush: bool) -> None:
+    """Set the flag in this thread and in OpenMP's workers.
+
+    `torch.set_flush_denormal` reaches its own thread only, and workers keep the flag that they
+    were born with, so that a pool of two threads stays slow. A callback runs in each worker.
+    """
+    torch.set_flush_denormal(flush)
+    if torch.get_num_threads() > 1 and (openmp := _openmp()) is not None:
+        callback = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(
+            lambda _: torch.set_flush_denormal(flush) and None
+        )
+        openmp.GOMP_parallel(callback, None, torch.get_num_threads(), 0)
+
+
+def _openmp() -> ctypes.CDLL | None:
+    """The GNU OpenMP library that torch has loaded, if it uses one."""
+    for path in (Path(torch.__file__).parent / "lib").glob("libgomp*.so*"):
+        return ctypes.CDLL(str(path))
+    return None
 
 
 def _flushes_denormals() -> bool:
