@@ -17,6 +17,7 @@ import math
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from graphlib import CycleError, TopologicalSorter
+from itertools import chain
 from typing import Any
 
 import pyro
@@ -212,9 +213,11 @@ class LatentModel(Pair):
         return drawn
 
     def _by_name(self, batch: Batch | None) -> dict[str, Tensor]:
-        if isinstance(batch, Tensor):
-            return {self.observed[0]: batch}
-        return dict(batch or {})
+        """The batch as values by site, floating ones in the precision of the model."""
+        values = {self.observed[0]: batch} if isinstance(batch, Tensor) else dict(batch or {})
+        own = chain(self.parameters(), self.buffers())
+        dtype = next((t.dtype for t in own if t.is_floating_point()), torch.get_default_dtype())
+        return {k: v.to(dtype) if v.is_floating_point() else v for k, v in values.items()}
 
     def blank(self, num_data: int, given: Batch | None) -> dict[str, Tensor]:
         """Values of the `Given` sites alone, or as many rows of nothing."""
@@ -243,19 +246,17 @@ class LatentModel(Pair):
         """
         names = self.observed + self.given
         if isinstance(data, Mapping):
-            columns = Columns(data)
-            if set(columns.columns) != set(names):
+            if set(data) != set(names):
                 raise ValueError(
                     f"{self.name!r} needs data for {', '.join(names)}, got "
-                    f"{', '.join(columns.columns) or 'nothing'}."
+                    f"{', '.join(data) or 'nothing'}."
                 )
         elif len(names) > 1:
             raise ValueError(
                 f"{self.name!r} needs several columns of data: pass a dictionary with "
                 f"{', '.join(names)}."
             )
-        else:
-            columns = Columns(data)
+        columns = Columns(data)
         for name, column in columns.columns.items():
             self._check_column(name or names[0], column.realised().values)
         return columns
@@ -347,6 +348,8 @@ def _check_kinds(sites: Mapping[str, Any]) -> None:
     for name, site in sites.items():
         if not isinstance(site, Latent | Observed | Given):
             raise TypeError(f"Site {name!r} must be Latent, Observed or Given, got {site!r}.")
+        if hasattr(nn.ModuleDict, name):
+            raise ValueError(f"torch keeps the name {name!r} for itself: call the site otherwise.")
     if not any(isinstance(site, Observed) for site in sites.values()):
         raise ValueError("A model needs an observed site: x=Observed(...).")
 
@@ -364,7 +367,8 @@ def _check_order(what: str, parents: Mapping[str, tuple[str, ...]], known: Itera
     try:
         TopologicalSorter(parents).prepare()
     except CycleError as error:
-        raise ValueError(f"The {what}s form a cycle: {' -> '.join(error.args[1])}.") from None
+        cycle = " -> ".join(error.args[1])
+        raise ValueError(f"Each {what} must follow its parents, got a cycle: {cycle}.") from None
     for name, own in parents.items():
         for parent in own:
             if parent not in seen:

@@ -117,7 +117,7 @@ def _only_gradient(score: Tensor) -> Tensor:
 
 
 def _scaled_log_weights(particles: Particles) -> Tensor:
-    if particles.summed or len({id(s) for s in particles.scales.values()}) == 1:
+    if particles.summed or particles.has_one_scale:
         return particles.scale * particles.log_weights
     total = torch.zeros(())
     for name, log_p in particles.log_p.items():

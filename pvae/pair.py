@@ -16,7 +16,7 @@ import torch
 from pyro import poutine
 from pyro.poutine.runtime import am_i_wrapped, effectful
 from torch import Tensor, nn
-from torch.distributions import Distribution
+from torch.distributions import Distribution, constraints
 
 from pvae.data import Data
 from pvae.fence import evaluating, module_device
@@ -271,11 +271,11 @@ def announce(prefix: str, module: nn.Module) -> None:
     for name, parameter in module.named_parameters():
         alias = parameter.view_as(parameter)
         alias.unconstrained = weakref.ref(parameter)  # type: ignore[attr-defined]
-        _announced(alias, name=f"{prefix}.{name}")
+        _announced(alias, name=f"{prefix}.{name}", constraint=constraints.real)
 
 
 @effectful(type="param")
-def _announced(value: Tensor) -> Tensor:
+def _announced(value: Tensor, constraint: constraints.Constraint = constraints.real) -> Tensor:
     return value
 
 

@@ -100,15 +100,19 @@ class Particles:
         Raises:
             ValueError: if the factors have different scales, which has no meaning inside a log.
         """
+        if not self.has_one_scale:
+            raise ValueError(
+                "This objective needs one scale for all sites of a datum, got different ones "
+                f"({self.scales}). poutine.scale on a single site (KL annealing, say) has a "
+                "meaning for pvae.ELBO only."
+            )
+        return next(iter(self.scales.values()))
+
+    @property
+    def has_one_scale(self) -> bool:
+        """Whether all factors have the same scale."""
         first, *others = self.scales.values()
-        for other in others:
-            if not _same(first, other):
-                raise ValueError(
-                    "This objective needs one scale for all sites of a datum, got different ones "
-                    f"({self.scales}). poutine.scale on a single site (KL annealing, say) has a "
-                    "meaning for pvae.ELBO only."
-                )
-        return first
+        return all(_same(first, other) for other in others)
 
     def _joint(self) -> Tensor:
         return sum(self.log_p.values(), torch.zeros(()))

@@ -21,7 +21,7 @@ import pyro.distributions as pyro_distributions
 import torch
 from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Tensor, nn
-from torch.distributions import Distribution, transform_to
+from torch.distributions import Distribution, constraints, transform_to
 
 from pvae.nets import Input, Lookup, Net, Shape
 
@@ -37,7 +37,7 @@ ALTERNATIVES = (
 
 def as_shape(shape: int | tuple[int, ...] | list[int], whose: str) -> Shape:
     """A size or a shape as a shape; raises ValueError where it is neither."""
-    sizes = (shape,) if isinstance(shape, int) else tuple(shape)
+    sizes = tuple(shape) if isinstance(shape, tuple | list) else (shape,)
     if not all(isinstance(size, int) and size > 0 for size in sizes):
         raise ValueError(f"{whose} needs a shape of positive whole numbers, got {shape!r}.")
     return sizes
@@ -137,6 +137,11 @@ class Site:
         own = (given,) if isinstance(given, str) else tuple(given)
         if net is not None and not own:
             raise ValueError(f"A net needs parents: give {distribution.__name__} `given=` as well.")
+        if own and net is None and not any(isinstance(p, Predicted) for p in parameters.values()):
+            raise ValueError(
+                f"{distribution.__name__} is given {', '.join(own)}, but nothing reads it: add "
+                "`net=`, or `Predicted(net)` for one of its parameters."
+            )
         set_field = object.__setattr__  # the dataclass is frozen
         set_field(self, "distribution", _pyro_class(distribution))
         set_field(self, "shape", as_shape(shape, distribution.__name__))
@@ -181,9 +186,11 @@ def _pyro_class(distribution: type[Distribution]) -> Any:
 
 
 def _constraints(distribution: type[Distribution]) -> dict[str, Any]:
-    """`arg_constraints` by name; empty where they depend on the values (Uniform)."""
+    """`arg_constraints` by name, but for those that depend on the values (all of a Uniform's)."""
     found = distribution.arg_constraints
-    return dict(found) if isinstance(found, Mapping) else {}
+    if not isinstance(found, Mapping):
+        return {}
+    return {name: c for name, c in found.items() if not constraints.is_dependent(c)}
 
 
 def _continuous(constraint: Any) -> bool:
@@ -196,26 +203,32 @@ def _continuous(constraint: Any) -> bool:
     return True
 
 
-def _parameter_shape(constraint: Any, shape: Shape) -> Shape:
-    """Shape of a parameter of a site: a matrix parameter repeats the last dimension."""
-    extra = constraint.event_dim - 1
-    return shape + shape[-1:] * extra if extra > 0 else shape
+def _parameter_shapes(limits: Mapping[str, Any], shape: Shape) -> dict[str, Shape]:
+    """Shapes of a site's parameters by name.
+
+    A matrix repeats the last dimension; a number beside vectors, such as the degrees of freedom of
+    a MultivariateStudentT, has none of it.
+    """
+    dims = {name: limit.event_dim for name, limit in limits.items()}
+    if not any(dims.values()):
+        return dict.fromkeys(dims, shape)
+    return {name: shape[:-1] + shape[-1:] * dim for name, dim in dims.items()}
 
 
 def split_parameters(site: Site) -> tuple[dict[str, Any], list[str]]:
     """The parameters given by keyword, and the names of those that a net, or zero, must fill."""
     d = site.distribution
-    constraints = _constraints(d)
+    limits = _constraints(d)
     named = dict(site.parameters)
     known = inspect.signature(d.__init__).parameters
-    left = [name for name in known if name in constraints and name not in named]
+    left = [name for name in known if name in limits and name not in named]
     for group in ALTERNATIVES:
         chosen = [name for name in group if name in named]
         if len(chosen) > 1:
             raise ValueError(f"{site.title} takes one of {', '.join(chosen)}, got both.")
         keep = () if chosen else [name for name in group if name in left][:1]
         left = [name for name in left if name not in group or name in keep]
-    fill = [name for name in left if _continuous(constraints[name])]
+    fill = [name for name in left if _continuous(limits[name])]
     for name in known:
         needed = known[name].default is inspect.Parameter.empty and name not in ("self", "args")
         if needed and name not in named and name not in fill and name != "kwargs":
@@ -241,11 +254,8 @@ class SiteModule(nn.Module):
         self.name, self.site = name, site
         self.constraints = _constraints(site.distribution)
         named, fill = split_parameters(site)
-        self.shapes = {
-            key: _parameter_shape(self.constraints[key], site.shape)
-            for key in (*named, *fill)
-            if key in self.constraints
-        }
+        used = {key: self.constraints[key] for key in (*named, *fill) if key in self.constraints}
+        self.shapes = _parameter_shapes(used, site.shape)
         self.options: dict[str, Any] = {}
         self.learned = nn.ParameterDict()
         self.nets = nn.ModuleDict()
@@ -261,6 +271,11 @@ class SiteModule(nn.Module):
         self._infer_event()
 
     def _add(self, key: str, value: Any, inputs: list[Input]) -> None:
+        free = isinstance(value, Learned | Predicted)
+        if free and not (key in self.constraints and _continuous(self.constraints[key])):
+            raise ValueError(
+                f"Site {self.name!r}: `{key}` of {self.site.title} must be a constant, got {value}."
+            )
         if isinstance(value, Learned):
             start = value.value()
             self._check_fit(key, start)
@@ -269,8 +284,7 @@ class SiteModule(nn.Module):
             shape = self.shapes[key] if value.shape is None else as_shape(value.shape, key)
             self._add_net(key, value.net, inputs, {key: shape})
         elif key not in self.constraints:
-            number = isinstance(value, float | Tensor)
-            self.options[key] = torch.as_tensor(value).expand(self.site.shape) if number else value
+            self._add_option(key, value)
         else:
             constant = torch.as_tensor(value)
             if constant.is_floating_point() or not getattr(
@@ -279,6 +293,16 @@ class SiteModule(nn.Module):
                 constant = constant.to(torch.get_default_dtype())
             self._check_fit(key, constant)
             self.register_buffer(f"constant_{key}", constant.clone(), persistent=False)
+
+    def _add_option(self, key: str, value: Any) -> None:
+        """A constant without a constraint: all of a Uniform's, a RelaxedBernoulli's temperature."""
+        alone = not self.constraints and not isinstance(value, bool)
+        if isinstance(value, float | Tensor) or (alone and isinstance(value, int)):
+            value = torch.as_tensor(value, dtype=torch.get_default_dtype())
+            if alone:
+                value = value.expand(self.site.shape)
+            self.register_buffer(f"constant_{key}", value.clone(), persistent=False)
+        self.options[key] = value
 
     def _check_fit(self, key: str, value: Tensor) -> None:
         if self.constraints[key].event_dim > 1:  # a matrix may be of a lower rank
@@ -315,10 +339,23 @@ class SiteModule(nn.Module):
         with torch.no_grad():
             parameters = {key: self._image_of_zero(key) for key in self.shapes if self._free(key)}
             parameters |= {key: self._fixed(key) for key in self.shapes if not self._free(key)}
-            d = self.site.distribution(**parameters, **self.options)
+            try:
+                d = self._distribution(parameters)
+            except Exception as error:
+                raise ValueError(
+                    f"Site {self.name!r}: {self.site.title} takes no parameters of shapes "
+                    f"{self.shapes}: {error or type(error).__name__}"
+                ) from error
         self.event_dims = len(d.batch_shape)
         self.prototype = d.to_event(self.event_dims)
         self.event_shape: Shape = tuple(self.prototype.event_shape)
+
+    def _distribution(self, parameters: Mapping[str, Tensor]) -> Any:
+        options = {
+            key: getattr(self, f"constant_{key}") if isinstance(value, Tensor) else value
+            for key, value in self.options.items()
+        }
+        return self.site.distribution(**parameters, **options)
 
     def _free(self, key: str) -> bool:
         return key not in self.learned and not hasattr(self, f"constant_{key}")
@@ -376,8 +413,7 @@ class SiteModule(nn.Module):
             key: transform_to(self.constraints[key])(raw[key]) if key in raw else self._fixed(key)
             for key in self.shapes
         }
-        d = self.site.distribution(**parameters, **self.options)
-        return d.to_event(self.event_dims)
+        return self._distribution(parameters).to_event(self.event_dims)
 
 
 class _Own(nn.Module):
@@ -395,4 +431,11 @@ class _Own(nn.Module):
                 f"{type(self.module).__name__} must return {len(self.outputs)} tensors, for "
                 f"{', '.join(self.outputs)}, got {len(pieces)}."
             )
+        for (name, shape), piece in zip(self.outputs.items(), pieces, strict=True):
+            sizes = zip(reversed(piece.shape), reversed(shape), strict=False)
+            if not all(size in (1, wanted) for size, wanted in sizes):
+                raise ValueError(
+                    f"{type(self.module).__name__} must return `{name}` of shape (*batch, "
+                    f"{', '.join(map(str, shape))}), got {tuple(piece.shape)}."
+                )
         return dict(zip(self.outputs, pieces, strict=True))

@@ -159,7 +159,7 @@ class Run:
     def _step(self, index: Tensor) -> dict[str, Tensor]:
         """One optimiser step; returns the objective and its parts, means over the batch."""
         batch = self.data.batch(index)
-        random_state = torch.get_rng_state()
+        random_state = _random_state(self.device)
         self.optimizer.zero_grad()
         if isinstance(self.objective, Objective):
             particles = self.model.draw(batch, self.objective.num_particles)
@@ -222,12 +222,12 @@ class Run:
     # ------------------------------------------------------------------ what goes wrong
 
     def _check_finite(
-        self, bound: Tensor, index: Tensor, batch: Batch, random_state: Tensor
+        self, bound: Tensor, index: Tensor, batch: Batch, random_state: list[Tensor]
     ) -> None:
         if bool(bound.isfinite()):
             return
         where = "no site when it was repeated"
-        torch.set_rng_state(random_state)
+        _set_random_state(random_state, self.device)
         with torch.no_grad():
             particles = self.model.draw(batch, self.objective.num_particles)
         for name, factor in {**particles.log_q, **particles.log_p}.items():
@@ -275,9 +275,7 @@ class Run:
         self.history, self.step = state["history"], state["step"]
         best = {key: value.to(self.device) for key, value in state["best"].items()}
         self.best = (state["best_valid"], state["best_epoch"], best)
-        torch.set_rng_state(state["random"])
-        if self.device.type == "cuda":
-            torch.cuda.set_rng_state(state["random_cuda"], self.device)
+        _set_random_state(state["random"], self.device)
 
     def _save(self, settings: dict[str, Any]) -> None:
         if self.folder is None:
@@ -291,10 +289,8 @@ class Run:
             "best": self.best[2],
             "best_valid": self.best[0],
             "best_epoch": self.best[1],
-            "random": torch.get_rng_state(),
+            "random": _random_state(self.device),
         }
-        if self.device.type == "cuda":
-            state["random_cuda"] = torch.cuda.get_rng_state(self.device)
         meta = {
             "declaration": declaration_of(self.model),
             "settings": settings,
@@ -313,6 +309,18 @@ def declaration_of(model: Pair) -> dict[str, Any]:
         except TypeError:
             pass
     return {"code": repr(model)}
+
+
+def _random_state(device: torch.device) -> list[Tensor]:
+    """States of the generators that a step draws from."""
+    cuda = [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []
+    return [torch.get_rng_state(), *cuda]
+
+
+def _set_random_state(state: list[Tensor], device: torch.device) -> None:
+    torch.set_rng_state(state[0])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state[-1], device)
 
 
 def _scheduler_state(scheduler: Any) -> dict[str, Any]:
