@@ -7,6 +7,7 @@ import html
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pyro.distributions as pyro_distributions
 import torch
 from torch import Tensor
@@ -42,16 +43,19 @@ def from_json(data: Mapping[str, Any]) -> tuple[str, dict[str, Any], dict[str, L
     Raises:
         ValueError: for data that it did not write.
     """
-    if data.get("format") != FORMAT:
+    found = data.get("format") if isinstance(data, Mapping) else data
+    if found != FORMAT:
         raise ValueError(
-            f"Not a declaration that this pvae reads: format {data.get('format')!r}, "
-            f"expected {FORMAT}."
+            f"Not a declaration that this pvae reads: format {found!r}, expected {FORMAT}."
         )
-    sites = {key: _site_from_json(site) for key, site in data["sites"].items()}
-    guide = data["guide"]
-    if guide is not None:
-        guide = {key: _site_from_json(site) for key, site in guide.items()}
-    return data["name"], sites, guide
+    try:
+        sites = {key: _site_from_json(site) for key, site in data["sites"].items()}
+        guide = data["guide"]
+        if guide is not None:
+            guide = {key: _site_from_json(site) for key, site in guide.items()}
+        return data["name"], sites, guide
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"The declaration is damaged: {error!r}.") from error
 
 
 def _site_to_json(site: Site | Given) -> dict[str, Any]:
@@ -102,7 +106,7 @@ def _value_to_json(value: Any) -> Any:
         return {"learned": _value_to_json(value.init), "shape": value.shape}
     if isinstance(value, Predicted):
         return {"predicted": _net_to_json(value.net), "shape": value.shape}
-    if isinstance(value, Tensor):
+    if isinstance(value, Tensor | np.ndarray | np.generic):
         return {"tensor": value.tolist()}
     return value
 
@@ -148,7 +152,8 @@ def _row(name: str, kind: str, module: SiteModule) -> tuple[str, ...]:
         elif isinstance(value, Predicted):
             parts.append(f"{key} by {value.net}")
         else:
-            shown = f"tensor{tuple(value.shape)}" if isinstance(value, Tensor) else value
+            array = isinstance(value, Tensor | np.ndarray)
+            shown = f"tensor{tuple(value.shape)}" if array else value
             parts.append(f"{key} = {shown}")
     named = set(site.parameters)
     filled = ", ".join(key for key in module.shapes if key not in named)

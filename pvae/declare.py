@@ -29,7 +29,7 @@ from torch.distributions import constraints
 from pvae import declaration
 from pvae.fence import evaluating
 from pvae.nets import MLP, Input, Net
-from pvae.pair import Batch, Columns, Pair, announce
+from pvae.pair import Batch, Columns, Pair, announce, check_draws
 from pvae.sites import Given, Latent, Learned, Observed, Predicted, Site, SiteModule, as_shape
 
 __all__ = ["Given", "Latent", "LatentModel", "Learned", "Observed", "Predicted"]
@@ -155,7 +155,7 @@ class LatentModel(Pair):
         parents = {name: entry.given for name, entry in self.guide_sites.items()}
         _check_order("guide entry", parents, known=self.observed + self.given)
         for name, entry in self.guide_sites.items():
-            module = SiteModule(name, entry, [self.inputs[parent] for parent in entry.given])
+            module = self._guide_module(name, entry)
             if module.event_shape != self.inputs[name].shape:
                 raise ValueError(
                     f"Guide entry {name!r} draws values of shape {module.event_shape}, but the "
@@ -169,6 +169,16 @@ class LatentModel(Pair):
                     f"{self.inputs[name].shape}) is neither guided nor summable (one discrete "
                     "variable of finite support): give it an entry in `guide`."
                 )
+
+    def _guide_module(self, name: str, entry: Latent) -> SiteModule:
+        try:
+            return SiteModule(name, entry, [self.inputs[parent] for parent in entry.given])
+        except ValueError as error:
+            if self.guide_was_given:
+                raise
+            raise ValueError(
+                f"Latent {name!r} needs an entry in `guide`, as none can be made for it ({error})."
+            ) from error
 
     # ---------------------------------------------------------------- Pyro programs
 
@@ -221,17 +231,25 @@ class LatentModel(Pair):
 
     def blank(self, num_data: int, given: Batch | None) -> dict[str, Tensor]:
         """Values of the `Given` sites alone, or as many rows of nothing."""
-        values = dict(given) if isinstance(given, Mapping) else {}
         if isinstance(given, Tensor):
-            values = {self.given[0]: given} if self.given else {}
-        if missing := [name for name in self.given if name not in values]:
+            given = dict.fromkeys(self.given[:1], given)
+        values = {name: torch.as_tensor(value) for name, value in (given or {}).items()}
+        if set(values) != set(self.given):
             raise ValueError(
-                f"{self.name!r} is conditioned on {missing[0]!r}: pass its values by `given=`."
+                f"{self.name!r} is conditioned on {', '.join(self.given) or 'nothing'}: pass these "
+                f"values by `given=`, got {', '.join(values) or 'nothing'}."
             )
+        for name, value in values.items():
+            self._check_column(name, value)
+            if len(value) != num_data:
+                raise ValueError(
+                    f"{num_data} draws need as many values of {name!r}, got {len(value)}."
+                )
         return values
 
     def prior_predictive(self, num_samples: int, given: Batch | None = None) -> dict[str, Tensor]:
         """Draw from p(z) p(x | z); see `Pair.prior_predictive`."""
+        check_draws(num_samples)
         with evaluating(self):
             values = self.model(self.blank(num_samples, given), num_samples)
         return {name: value for name, value in values.items() if name not in self.given}
@@ -348,7 +366,7 @@ def _check_kinds(sites: Mapping[str, Any]) -> None:
     for name, site in sites.items():
         if not isinstance(site, Latent | Observed | Given):
             raise TypeError(f"Site {name!r} must be Latent, Observed or Given, got {site!r}.")
-        if hasattr(nn.ModuleDict, name):
+        if hasattr(nn.ModuleDict(), name):
             raise ValueError(f"torch keeps the name {name!r} for itself: call the site otherwise.")
     if not any(isinstance(site, Observed) for site in sites.values()):
         raise ValueError("A model needs an observed site: x=Observed(...).")

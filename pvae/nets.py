@@ -147,7 +147,7 @@ class _Flat(nn.Module):
         flat = self.body(parts[0])
         pieces = flat.split([math.prod(shape) for shape in self.outputs.values()], dim=-1)
         return {
-            name: piece.reshape(*piece.shape[:-1], *shape)
+            name: piece.reshape((*piece.shape[:-1], *shape))
             for (name, shape), piece in zip(self.outputs.items(), pieces, strict=True)
         }
 

@@ -305,16 +305,16 @@ class SiteModule(nn.Module):
         self.options[key] = value
 
     def _check_fit(self, key: str, value: Tensor) -> None:
-        if self.constraints[key].event_dim > 1:  # a matrix may be of a lower rank
-            self.shapes[key] = tuple(value.shape)
+        if self.constraints[key].event_dim > 1 and value.dim() > 1:  # may be of a lower rank
+            self.shapes[key] = (*self.shapes[key][:-1], value.shape[-1])
         try:
-            value.expand(self.shapes[key])
+            full = value.expand(self.shapes[key])
         except RuntimeError:
             raise ValueError(
                 f"Site {self.name!r}: `{key}` has shape {tuple(value.shape)}, which does not fit "
                 f"the shape {self.shapes[key]} that {self.site.title} needs here."
             ) from None
-        if not bool(self.constraints[key].check(value).all()):
+        if not bool(self.constraints[key].check(full).all()):
             raise ValueError(
                 f"Site {self.name!r}: `{key}` must lie in {self.constraints[key]}, got {value}."
             )
