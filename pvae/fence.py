@@ -23,12 +23,23 @@ def fenced(seed: int | None, device: torch.device) -> Iterator[None]:
     devices = [device] if device.type == "cuda" else []
     with (
         torch.random.fork_rng(devices),
-        pyro.validation_enabled(False),
+        _without_validation(),
         _without_denormals(),
     ):
         if seed is not None:
             torch.manual_seed(seed)
         yield
+
+
+@contextmanager
+def _without_validation() -> Iterator[None]:
+    """Pyro's own block puts back what Pyro set last, which is not always what torch has."""
+    before = torch.distributions.Distribution._validate_args
+    try:
+        with pyro.validation_enabled(False):
+            yield
+    finally:
+        torch.distributions.Distribution.set_default_validate_args(before)
 
 
 _depth = 0  # of fences within fences, of which only the outermost sets the flag

@@ -35,7 +35,7 @@ class Objective(pyro.infer.ELBO):
         if num_particles < 1:
             raise ValueError(f"`num_particles` must be at least 1, got {num_particles}.")
         super().__init__(num_particles=num_particles)
-        self._plates: Plates | None = None
+        self._found: tuple[Any, Any, Plates] | None = None
 
     def per_datum(self, particles: Particles) -> Tensor:
         """The scaled bound of each datum, (N,), in nats, with its gradient."""
@@ -45,12 +45,17 @@ class Objective(pyro.infer.ELBO):
         self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> Tensor:
         """Minus the bound, summed over data: a scalar to call `backward` on."""
-        if self._plates is None:
-            self._plates = find_plates(model, guide, args, kwargs)
+        plates = self._plates(model, guide, args, kwargs)
         particles = draw(
-            model, guide, args, kwargs, num_particles=self.num_particles, plates=self._plates
+            model, guide, args, kwargs, num_particles=self.num_particles, plates=plates
         )
         return -self.per_datum(particles).sum()
+
+    def _plates(self, model: Any, guide: Any, args: Any, kwargs: Any) -> Plates:
+        """Found at the first call with each pair, since one objective may serve several."""
+        if self._found is None or self._found[:2] != (model, guide):
+            self._found = (model, guide, find_plates(model, guide, args, kwargs))
+        return self._found[2]
 
     def loss(
         self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any
@@ -123,5 +128,5 @@ def _scaled_log_weights(particles: Particles) -> Tensor:
     for name, log_p in particles.log_p.items():
         total = total + particles.scales[name] * log_p
     for name, log_q in particles.log_q.items():
-        total = total - particles.scales[name] * log_q
+        total = total - particles.guide_scales[name] * log_q
     return total.expand(particles.shape)

@@ -61,8 +61,9 @@ class Particles:
         guide_sites: the same for the guide.
         observed: names of the observed sites.
         summed: names of the sites summed out, in the order of their dimensions from the right.
-        scales: scale of each factor in the objective: 1 unless a plate is subsampled or
+        scales: scale of each factor of log p in the objective: 1 unless a plate is subsampled or
             `poutine.scale` is used.
+        guide_scales: the same for the factors of log q.
         shape: (K, N).
     """
 
@@ -74,6 +75,7 @@ class Particles:
     observed: tuple[str, ...]
     summed: tuple[str, ...]
     scales: dict[str, Any]
+    guide_scales: dict[str, Any]
     shape: tuple[int, int]
     score_sites: tuple[str, ...] = field(default=())
 
@@ -103,15 +105,15 @@ class Particles:
         if not self.has_one_scale:
             raise ValueError(
                 "This objective needs one scale for all sites of a datum, got different ones "
-                f"({self.scales}). poutine.scale on a single site (KL annealing, say) has a "
-                "meaning for pvae.ELBO only."
+                f"(model {self.scales}, guide {self.guide_scales}). poutine.scale on a single "
+                "site (KL annealing, say) has a meaning for pvae.ELBO only."
             )
         return next(iter(self.scales.values()))
 
     @property
     def has_one_scale(self) -> bool:
         """Whether all factors have the same scale."""
-        first, *others = self.scales.values()
+        first, *others = *self.scales.values(), *self.guide_scales.values()
         return all(_same(first, other) for other in others)
 
     def _joint(self) -> Tensor:
@@ -322,6 +324,8 @@ def _collect(
     log_q = {name: _log_factor(site, plates) for name, site in guide_sites.items()}
     num_data = max(factor.shape[-1] for factor in log_p.values())
     summed = [name for name, site in model_sites.items() if "_enumerate_dim" in site["infer"]]
+    for name in summed:
+        _check_summed(model_sites[name], plates)
     return Particles(
         log_p=log_p,
         log_q=log_q,
@@ -330,10 +334,22 @@ def _collect(
         guide_sites={name: site["fn"] for name, site in guide_sites.items()},
         observed=tuple(name for name, site in model_sites.items() if site["is_observed"]),
         summed=tuple(sorted(summed, key=lambda n: -model_sites[n]["infer"]["_enumerate_dim"])),
-        scales={name: site["scale"] for name, site in {**guide_sites, **model_sites}.items()},
+        scales={name: site["scale"] for name, site in model_sites.items()},
+        guide_scales={name: site["scale"] for name, site in guide_sites.items()},
         shape=(num_particles, num_data),
         score_sites=tuple(n for n, s in guide_sites.items() if not s["fn"].has_rsample),
     )
+
+
+def _check_summed(site: Any, plates: Plates) -> None:
+    frames = [frame for frame in site["cond_indep_stack"] if frame.vectorized]
+    inner = [f.name for f in frames if -plates.nesting <= f.dim != plates.dim]
+    if inner:
+        raise ValueError(
+            f"Latent {site['name']!r} cannot be summed out in plate {inner[0]!r}, inside that of "
+            f"the data: each of its elements would need a sum of its own. Add {site['name']!r} to "
+            "the guide."
+        )
 
 
 def _log_factor(site: Any, plates: Plates) -> Tensor:
@@ -369,6 +385,7 @@ def _join(single: list[Particles]) -> Particles:
         observed=first.observed,
         summed=first.summed,
         scales=first.scales,
+        guide_scales=first.guide_scales,
         shape=(len(single), num_data),
         score_sites=first.score_sites,
     )
