@@ -22,7 +22,7 @@ from pvae.data import Data
 from pvae.fence import evaluating, module_device
 from pvae.particles import Particles, Plates, draw
 
-__all__ = ["Batch", "Columns", "Pair", "announce"]
+__all__ = ["Batch", "Columns", "Pair", "announce", "check_draws"]
 
 Batch = Tensor | Mapping[str, Tensor]
 
@@ -128,6 +128,7 @@ class Pair(nn.Module):
         """
         if proposal not in ("guide", "prior"):
             raise ValueError(f"`proposal` must be 'guide' or 'prior', got {proposal!r}.")
+        self.prepare(batch)
         return draw(
             self.model,
             self.guide if proposal == "guide" else self._prior,
@@ -155,7 +156,11 @@ class Pair(nn.Module):
 
         Returns:
             Draws of every site, latent and observed, (S, *event).
+
+        Raises:
+            ValueError: for S below 1, or `given` missing or with another number of rows.
         """
+        check_draws(num_samples)
         with evaluating(self):
             program = poutine.uncondition(self.model)
             trace = poutine.trace(program).get_trace(self.blank(num_samples, given))
@@ -176,7 +181,11 @@ class Pair(nn.Module):
 
         Returns:
             Draws of every latent, (S, N, *event).
+
+        Raises:
+            ValueError: for S below 1, or data that do not fit the model.
         """
+        check_draws(num_samples)
         batch = self._whole(data)
         with evaluating(self), pyro.validation_enabled(False):
             return self.draw(batch, num_samples).posterior_values()
@@ -209,7 +218,7 @@ class Pair(nn.Module):
         """
         batch = self._whole(data)
         values = self.posterior(data, num_samples)
-        return {name: mean.mean(0) for name, mean in self._decode(batch, values).items()}
+        return {name: _average(means) for name, means in self._decode(batch, values).items()}
 
     def interpolate(self, start: Any, end: Any, steps: int = 10) -> dict[str, Tensor]:
         """Decode points on the line between the codes of two data, or of two batches pairwise.
@@ -221,6 +230,9 @@ class Pair(nn.Module):
 
         Returns:
             For each observed site the means (steps, N, *event).
+
+        Raises:
+            ValueError: for fewer than 2 steps, or batches of different sizes.
         """
         if steps < 2:
             raise ValueError(f"`steps` must be at least 2, both ends included, got {steps}.")
@@ -228,6 +240,12 @@ class Pair(nn.Module):
         first = {name: value[0] for name, value in first.items()} | self.encode(start)
         last = {name: value[0] for name, value in last.items()} | self.encode(end)
         t = torch.linspace(0, 1, steps)
+        for name, code in first.items():
+            if len(code) != len(last[name]):
+                raise ValueError(
+                    f"`start` and `end` need as many data as each other, got {len(code)} and "
+                    f"{len(last[name])}."
+                )
         values = {name: _line(first[name], last[name], t) for name in first}
         return self._decode(self._whole(start), values)
 
@@ -279,11 +297,22 @@ def _announced(value: Tensor, constraint: constraints.Constraint = constraints.r
     return value
 
 
+def check_draws(num_samples: int) -> None:
+    """Raise ValueError for fewer than one draw."""
+    if num_samples < 1:
+        raise ValueError(f"`num_samples` must be at least 1, got {num_samples}.")
+
+
 def _line(start: Tensor, end: Tensor, t: Tensor) -> Tensor:
     t = t.to(start.device).reshape(-1, *(1,) * start.dim())
     if not start.is_floating_point():
         return torch.where(t < 0.5, start, end)
     return (1 - t) * start + t * end
+
+
+def _average(values: Tensor) -> Tensor:
+    """Mean over draws (dimension 0), of indices the commonest."""
+    return values.mean(0) if values.is_floating_point() else values.mode(0).values
 
 
 def _centre(d: Any) -> Tensor:

@@ -4,19 +4,23 @@
 
 The programs run in a private parameter store: what they register by `pyro.param` and `pyro.module`
 becomes parameters of the wrapper, and Pyro's global store is left as it was. Values that the global
-store already holds under the same names (a pair trained by `pyro.infer.SVI`) are where it starts.
+store already holds under the same names (a pair trained by `pyro.infer.SVI`) are where it starts,
+those of a module are in the module itself.
 """
 
+import math
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import pyro
 import torch
 from pyro import poutine
+from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
 from pvae.pair import Batch, Columns, Pair
-from pvae.particles import find_plates
+from pvae.particles import PLATE_TO_WRITE, find_plates
 
 __all__ = ["PyroPair"]
 
@@ -76,6 +80,8 @@ class PyroPair(Pair):
             missing = set(pyro.get_param_store().keys()) - set(self._names)
         if missing:
             self._register(state, missing)
+        for parameter in self.params.values():  # SVI asks for it; leaving the scope removed it
+            parameter.unconstrained = weakref.ref(parameter)
         return result
 
     def _state(self) -> Any:
@@ -86,8 +92,9 @@ class PyroPair(Pair):
         """Take parameters that a program made on first use into the module."""
         for name in sorted(missing):
             value = state["params"][name]
-            key = name.replace(".", "_").replace("$$$", "__")
-            parameter = value if isinstance(value, nn.Parameter) else nn.Parameter(value.detach())
+            key = name.replace(".", ":")  # torch forbids dots
+            own = isinstance(value, nn.Parameter)  # of a module, which is trained in place
+            parameter = value if own else nn.Parameter(value.detach().clone())
             self.params[key] = parameter
             self._names[name] = key
             self._constraints[name] = state["constraints"][name]
@@ -96,17 +103,34 @@ class PyroPair(Pair):
         """Run both programs once to learn parameters, plates and the shape of a datum."""
         if self._example is not None:
             return
-        self._start_from_global_store(batch)
-        self.plates = find_plates(self.model, self.guide, (batch,), {})
+        try:
+            self._start_from_global_store(batch)
+            self.plates = find_plates(self.model, self.guide, (batch,), {})
+        except ValueError as error:
+            what = str(error).splitlines()[0]
+            if "inside plate" not in what:
+                raise
+            raise ValueError(
+                f"{what}. If these are parts of one datum, add `.to_event(1)`. Write:\n"
+                f"{PLATE_TO_WRITE}"
+            ) from error
         with torch.no_grad(), torch.random.fork_rng(), poutine.block():
             guided = poutine.trace(self.guide).get_trace(batch)
             trace = poutine.trace(poutine.replay(self.model, trace=guided)).get_trace(batch)
-        self._summed = [name for name in trace.stochastic_nodes if name not in guided.nodes]
+        sites = (trace.nodes[name] for name in trace.stochastic_nodes if name not in guided.nodes)
+        left: dict[Any, Any] = {
+            site["name"]: site["fn"] for site in sites if not site_is_subsample(site)
+        }
+        self._summed = list(left)
+        supports = [d.enumerate_support(False) for d in left.values() if d.has_enumerate_support]
+        self.categories = math.prod(len(support) for support in supports)
         first = {k: v[:1] for k, v in batch.items()} if isinstance(batch, Mapping) else batch[:1]
         self._example = first
 
     def _start_from_global_store(self, batch: Batch) -> None:
         state = pyro.get_param_store().get_state()
+        plain = {name: value for name, value in state["params"].items() if "$$$" not in name}
+        state["params"] = plain  # a module may be another one of the same name: it holds its own
         args, kwargs = _arguments(batch)
         with (
             torch.no_grad(),
