@@ -69,7 +69,8 @@ def write(
 
 
 def _plain(value: Tensor) -> Tensor:
-    return value.detach().cpu().contiguous()
+    # A copy: safetensors refuses tensors that share memory.
+    return value.detach().cpu().clone(memory_format=torch.contiguous_format)
 
 
 def _replace(path: Path, content: bytes) -> None:

@@ -8,6 +8,7 @@ the run's folder, if there is one; the same call continues a run that was killed
 numbers.
 """
 
+import inspect
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -132,13 +133,15 @@ def fit(
             "`patience` counts epochs without a better validation bound: give data by "
             "`validation=` as well."
         )
-    for name, value in {"epochs": epochs, "steps": steps, "batch_size": batch_size}.items():
+    counts = {"epochs": epochs, "steps": steps, "batch_size": batch_size, "patience": patience}
+    for name, value in counts.items():
         if value is not None and value < 1:
             raise ValueError(f"`{name}` must be at least 1, got {value}.")
     place = resolve_device(device)
     run = Run(model, objective, model.columns(data).to(place), place, batch_size, clip_norm, seed)
     _check_objective(model, objective)
     run.optimizer = optimizer(list(model.parameters()), lr=lr)
+    _check_optimizer(run.optimizer)
     run.scheduler = None if scheduler is None else scheduler(run.optimizer)
     if validation is not None:
         run.validation = model.columns(validation).realised().to(place)
@@ -165,6 +168,15 @@ def _check_objective(model: Pair, objective: pyro.infer.ELBO) -> None:
         )
 
 
+def _check_optimizer(optimizer: Optimizer) -> None:
+    closure = inspect.signature(optimizer.step).parameters["closure"]
+    if closure.default is inspect.Parameter.empty:
+        raise ValueError(
+            f"{type(optimizer).__name__} computes the loss several times in a step, and here each "
+            "time has its own noise. Use a first-order optimiser, such as torch.optim.Adam."
+        )
+
+
 def load(folder: str | os.PathLike[str], model: Pair | None = None) -> Fit:
     """Read a run's folder: the declared model with its best weights, and the run's history.
 
@@ -185,18 +197,31 @@ def load(folder: str | os.PathLike[str], model: Pair | None = None) -> Fit:
                 "and pass it by `model=`."
             )
         model = LatentModel.from_json(meta["declaration"])
+        floats = [weight.dtype for weight in weights.values() if weight.is_floating_point()]
+        model.to(floats[0] if floats else torch.get_default_dtype())
     state = checkpoint.unpack(meta["state"], training)
     weights = state["best"] or weights
-    expected = set(checkpoint.module_tensors(model))
-    if expected != set(weights):
-        raise ValueError(
-            f"The weights in {folder} do not fit {model.name!r}: missing "
-            f"{sorted(expected - set(weights))}, unknown {sorted(set(weights) - expected)}."
-        )
+    _check_weights(folder, model, weights)
     model.load_state_dict(weights, strict=False)
     best_epoch = state["best_epoch"] or len(state["history"])
     return Fit(
         model, history_table(state["history"]), meta["settings"], meta["stopped"], best_epoch
+    )
+
+
+def _check_weights(
+    folder: str | os.PathLike[str], model: Pair, weights: dict[str, torch.Tensor]
+) -> None:
+    own = {name: tuple(t.shape) for name, t in checkpoint.module_tensors(model).items()}
+    read = {name: tuple(t.shape) for name, t in weights.items()}
+    if own == read:
+        return
+    both = own.keys() & read.keys()
+    raise ValueError(
+        f"The weights in {folder} do not fit {model.name!r}: missing {sorted(own.keys() - both)}, "
+        f"unknown {sorted(read.keys() - both)}, of another shape "
+        f"{sorted(name for name in both if own[name] != read[name])}. Build the model as it was "
+        "when it was fitted; a PyroPair has its parameters after `model.prepare(batch)`."
     )
 
 

@@ -105,8 +105,10 @@ class Run:
             unit="epoch",
         )
         with bar:
-            while not self._finished(epochs, steps, patience):
+            self.stopped = self._limit(epochs, steps, patience)
+            while not self.stopped:
                 row = self._epoch(steps)
+                self.stopped = self._limit(epochs, steps, patience)
                 bar.update()
                 bar.set_postfix(
                     {k: f"{row[k]:.2f}" for k in ("train", "valid") if k in row}, refresh=False
@@ -120,17 +122,16 @@ class Run:
         """The epoch whose weights the model has after training."""
         return self.best[1] or len(self.history)
 
-    def _finished(self, epochs: int | None, steps: int | None, patience: int | None) -> bool:
+    def _limit(self, epochs: int | None, steps: int | None, patience: int | None) -> str:
+        """Which limit is reached, if any."""
         done = len(self.history)
         if epochs is not None and done >= epochs:
-            self.stopped = "epochs"
-        elif steps is not None and self.step >= steps:
-            self.stopped = "steps"
-        elif patience is not None and done - self.best[1] >= patience:
-            self.stopped = "patience"
-        else:
-            self.stopped = ""
-        return bool(self.stopped)
+            return "epochs"
+        if steps is not None and self.step >= steps:
+            return "steps"
+        if patience is not None and done - self.best[1] >= patience:
+            return "patience"
+        return ""
 
     def _epoch(self, steps: int | None) -> dict[str, Any]:
         start = time.perf_counter()
@@ -147,7 +148,7 @@ class Run:
         row: dict[str, Any] = {"epoch": len(self.history) + 1, "step": self.step}
         row |= {name: float(total) / seen for name, total in totals.items()}
         row |= self._validate()
-        row["lr"] = self.optimizer.param_groups[0]["lr"]
+        row["lr"] = float(self.optimizer.param_groups[0]["lr"])
         row["seconds"] = time.perf_counter() - start
         self.history.append(row)
         self._step_scheduler(row)
@@ -171,7 +172,7 @@ class Run:
                 parts |= {f"train {k}": v.detach().mean() for k, v in particles.terms().items()}
         else:
             loss = self.objective.loss_and_grads(self.model.model, self.model.guide, batch)
-            parts = {"train": torch.as_tensor(-loss / len(index))}
+            parts = {"train": torch.as_tensor(-loss / len(index), dtype=torch.float64)}
         self._check_finite(parts["train"], index, batch, random_state)
         scale = 1.0 if isinstance(self.objective, Objective) else 1 / len(index)
         self._step_optimizer(scale, index)
@@ -248,6 +249,8 @@ class Run:
         """Continue the run in the folder, or start one there."""
         self.folder = folder
         settings["data_fingerprint"] = self.data.fingerprint()
+        if self.validation is not None:
+            settings["validation_fingerprint"] = self.validation.fingerprint()
         if not checkpoint.has_checkpoint(folder):
             self._save(settings)
             return
@@ -269,7 +272,7 @@ class Run:
             )
         self.model.load_state_dict(weights, strict=False)
         state = checkpoint.unpack(meta["state"], training)
-        self.optimizer.load_state_dict(state["optimizer"])
+        _restore_optimizer(self.optimizer, state["optimizer"])
         if self.scheduler is not None:
             self.scheduler.load_state_dict(state["scheduler"])
         self.history, self.step = state["history"], state["step"]
@@ -321,6 +324,16 @@ def _set_random_state(state: list[Tensor], device: torch.device) -> None:
     torch.set_rng_state(state[0])
     if device.type == "cuda":
         torch.cuda.set_rng_state(state[-1], device)
+
+
+def _restore_optimizer(optimizer: Optimizer, state: dict[str, Any]) -> None:
+    optimizer.load_state_dict(state)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for i, saved in state["state"].items():
+        own = optimizer.state[parameters[i]]
+        for key, value in saved.items():
+            if isinstance(value, Tensor):  # torch has cast it to the parameter's type
+                own[key] = own[key].to(value.dtype)
 
 
 def _scheduler_state(scheduler: Any) -> dict[str, Any]:

@@ -5,11 +5,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from pvae.evaluation.result import Evaluation
+from pvae.evaluation.result import Evaluation, mean_and_error
 
 if TYPE_CHECKING:
     import pandas as pd
-    import xarray as xr
 
 __all__ = ["Comparison", "compare"]
 
@@ -83,26 +82,23 @@ def compare(results: Mapping[str, Evaluation]) -> Comparison:
     rows = []
     for name in ranked:
         result = results[name]
-        difference = result.log_p - best.log_p
+        mean, error = mean_and_error(result.log_p)
+        difference, error_of_difference = mean_and_error(result.log_p - best.log_p)
         units = ", ".join(f"{count} of {unit}" for unit, count in result.active_units.items())
         rows.append(
             {
                 "model": name,
-                "log p(x)": float(result.log_p.mean()),
-                "se": _error(result.log_p),
+                "log p(x)": mean,
+                "se": error,
                 "what it is": result.kind,
-                "difference": float(difference.mean()),
-                "se of difference": _error(difference),
-                "k-hat too high (%)": 100 * result.failing,
+                "difference": difference,
+                "se of difference": error_of_difference,
+                "k-hat too high (%)": math.nan if result.is_exact else 100 * result.failing,
                 "active units": units,
             }
         )
     table = pd.DataFrame(rows).set_index("model")
     return Comparison(table, best.spec.space(), best.log_p.size)
-
-
-def _error(values: "xr.DataArray") -> float:
-    return float(values.std(ddof=1)) / math.sqrt(values.size) if values.size > 1 else math.nan
 
 
 def _check_same_data(results: Mapping[str, Evaluation]) -> None:

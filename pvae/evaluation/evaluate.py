@@ -3,12 +3,14 @@
 pair, data  --weigh-->  (K, n) weights, block by block of data  --bounds-->  Evaluation
 """
 
+import math
 import time
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributions import Distribution, Independent
 
 from pvae import bounds, exact
 from pvae.evaluation.result import Evaluation
@@ -55,6 +57,7 @@ def evaluate(
 
     Raises:
         ValueError: for data that do not fit the model, K below 1, or a grid outside 1..K.
+        FloatingPointError: where log p(x) comes out as NaN or infinite, naming the datum.
     """
     start = time.perf_counter()
     if num_particles < 1:
@@ -78,6 +81,7 @@ def evaluate(
     finally:
         model.to(before)
     per_datum, per_unit = passes.datasets(known)
+    _check_finite(model, per_datum)
     return Evaluation(
         model=model.name,
         spec=columns.main.spec,
@@ -96,6 +100,18 @@ def _grid(grid: Sequence[int] | None, num_particles: int) -> list[int]:
     if bad := [size for size in grid if not 1 <= size <= num_particles]:
         raise ValueError(f"`grid` must lie in 1..{num_particles}, the particles drawn; got {bad}.")
     return sorted({*grid, num_particles})
+
+
+def _check_finite(model: Pair, per_datum: Any) -> None:
+    for name in {"bound", "exact"} & set(per_datum):
+        rows = per_datum[name].values.reshape(-1, per_datum.sizes["datum"])
+        bad = (~(rows < math.inf).all(0)).nonzero()[0]  # a density of zero, -inf, is none of these
+        if len(bad):
+            raise FloatingPointError(
+                f"log p(x) of {model.name!r} is NaN or infinite for {len(bad)} of {rows.shape[1]} "
+                f"data, the first is datum {bad[0]}. Look at that datum, and whether the model's "
+                "parameters are finite."
+            )
 
 
 class _Passes:
@@ -122,19 +138,23 @@ class _Passes:
 
     def _block(self, passes: Iterable[Particles]) -> None:
         weights: list[Tensor] = []
-        parts: list[Particles] = []
-        seen = 0
+        terms: dict[str, Tensor] = {}
+        kl: dict[str, Tensor] = {}
+        mean: dict[str, Tensor] = {}
+        averaged = 0
         for particles in passes:
             weights.append(particles.log_weights)
-            if seen < PART_PARTICLES:
-                parts.append(particles)
-            seen += len(weights[-1])
+            if averaged < PART_PARTICLES:  # sums are kept, for particles are large
+                averaged += particles.shape[0]
+                _add(terms, particles.terms())
+                _add(kl, unit_kl(particles))
+                _add(mean, unit_mean(particles))
         row = _bounds(torch.cat(weights), self.sizes)
-        row |= _average([particles.terms() for particles in parts])
+        row |= {name: total / averaged for name, total in terms.items()}
         self.per_datum.append({name: value.cpu() for name, value in row.items()})
-        for kept, of in ((self.unit_kl, unit_kl), (self.unit_mean, unit_mean)):
-            for name, value in _average([of(particles) for particles in parts]).items():
-                kept.setdefault(name, []).append(value.cpu())
+        for kept, totals in ((self.unit_kl, kl), (self.unit_mean, mean)):
+            for name, total in totals.items():
+                kept.setdefault(name, []).append((total / averaged).cpu())
 
     def datasets(self, known: Tensor | None) -> tuple[Any, Any]:
         """Per datum and per unit, as xarray Datasets."""
@@ -149,10 +169,11 @@ class _Passes:
         coords = {"particles": self.sizes} if self.per_datum else {}
         units: dict[str, Any] = {}
         for name, values in self.unit_kl.items():
-            kl = torch.cat(values).double().flatten(1).mean(0)
-            units[f"KL[{name}]"] = (f"unit of {name}", kl.numpy())
+            kl = torch.cat(values).double()
+            units[f"KL[{name}]"] = (f"unit of {name}", kl.reshape(len(kl), -1).mean(0).numpy())
         for name, values in self.unit_mean.items():
-            means = torch.cat(values).double().flatten(1)
+            means = torch.cat(values).double()
+            means = means.reshape(len(means), -1)
             if len(means) > 1:
                 units[f"activity[{name}]"] = (f"unit of {name}", means.var(0).numpy())
         return xr.Dataset(columns, coords), xr.Dataset(units)
@@ -168,20 +189,20 @@ def _bounds(log_weights: Tensor, sizes: list[int]) -> dict[str, Tensor]:
     }
 
 
-def _average(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Means over particles (dimension 0), of several passes together."""
-    return {name: torch.cat([part[name] for part in parts]).mean(0) for name in parts[0]}
+def _add(totals: dict[str, Any], values: dict[str, Tensor]) -> None:
+    """Add the sums over particles (dimension 0)."""
+    for name, value in values.items():
+        totals[name] = totals.get(name, 0.0) + value.sum(0)
 
 
 def unit_kl(particles: Particles) -> dict[str, Tensor]:
     """log q - log p by unit of each guided latent whose q and p both factorise, (K, N, ...)."""
     found = {}
-    for name in particles.log_q:
-        q = getattr(particles.guide_sites[name], "base_dist", None)
-        p = getattr(particles.model_sites.get(name), "base_dist", None)
-        value = particles.values[name]
-        if q is None or p is None or q.event_shape or p.event_shape:
+    for name in _guided(particles):
+        q, p = _each_unit(particles.guide_sites[name]), _each_unit(particles.model_sites[name])
+        if q.event_shape or p.event_shape:
             continue
+        value = particles.values[name]
         difference = q.log_prob(value) - p.log_prob(value)
         if difference.shape == value.shape:  # else it depends on a summed latent
             found[name] = difference
@@ -192,6 +213,19 @@ def unit_mean(particles: Particles) -> dict[str, Tensor]:
     """E_q[z | x] of each guided latent of floating point, (K, N, *event)."""
     return {
         name: guide_mean(particles, name)
-        for name in particles.log_q
-        if particles.values[name].is_floating_point() and name in particles.model_sites
+        for name in _guided(particles)
+        if particles.values[name].is_floating_point()
     }
+
+
+def _guided(particles: Particles) -> list[str]:
+    """Latents of the model that the guide draws, but for those in a plate within the datum."""
+    return [
+        name
+        for name in particles.log_q
+        if name in particles.model_sites and particles.values[name].shape[:2] == particles.shape
+    ]
+
+
+def _each_unit(d: Distribution) -> Distribution:
+    return d.base_dist if isinstance(d, Independent) else d

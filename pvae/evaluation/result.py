@@ -62,7 +62,7 @@ class Evaluation:
         khat = self.per_datum.get("khat")
         if khat is None or bool(khat.isnull().all()):
             return math.nan
-        return float((khat > khat_threshold(self.num_particles)).mean())
+        return float((~(khat <= khat_threshold(self.num_particles))).mean())  # NaN is not good
 
     @property
     def active_units(self) -> dict[str, int]:
@@ -99,33 +99,35 @@ class Evaluation:
             for size in self.per_datum.particles.values:
                 bound = self.per_datum["bound"].sel(particles=size)
                 draws = self.per_datum["bound_se"].sel(particles=size)
-                error = float((draws**2).sum() ** 0.5 / len(draws))
-                mean, se = _mean_and_error(bound)
+                error = float((draws**2).sum(skipna=False) ** 0.5 / len(draws))
+                mean, se = mean_and_error(bound)
                 rows.append(
                     (_label(size), factor * mean, factor * se, factor * error, unit, "lower bound")
                 )
         if self.is_exact:
-            mean, se = _mean_and_error(self.per_datum["exact"])
+            mean, se = mean_and_error(self.per_datum["exact"])
             rows.append(("log p(x)", factor * mean, factor * se, 0.0, unit, "exact"))
         return rows
 
     def _diagnostic_rows(self) -> list[tuple[Any, ...]]:
         if "khat" not in self.per_datum:
             return []
-        threshold = khat_threshold(self.num_particles)
         khat, ess = self.per_datum["khat"], self.per_datum["ess"]
-        failing = f"share of data with k-hat above {threshold:.2f}"
+        rows = [("ESS", float(ess.median()), math.nan, math.nan, "particles", "median over data")]
+        if math.isnan(self.failing):
+            return rows
+        failing = f"share of data with k-hat above {khat_threshold(self.num_particles):.2f}"
         return [
             ("k-hat", float(khat.median()), math.nan, math.nan, "", "median over data"),
             ("k-hat too high", 100 * self.failing, math.nan, math.nan, "%", failing),
-            ("ESS", float(ess.median()), math.nan, math.nan, "particles", "median over data"),
+            *rows,
         ]
 
     def _part_rows(self) -> list[tuple[Any, ...]]:
         rows: list[tuple[Any, ...]] = []
         for name in self.per_datum.data_vars:
             if str(name).startswith(("KL[", "reconstruction[")):
-                mean, se = _mean_and_error(self.per_datum[name])
+                mean, se = mean_and_error(self.per_datum[name])
                 rows.append((name, mean, se, math.nan, "nats per datum", "part of the ELBO"))
         for name, active in self.active_units.items():
             total = self.per_unit[f"activity[{name}]"].size
@@ -144,8 +146,8 @@ class Evaluation:
     @property
     def verdict(self) -> str:
         """One sentence on what may be said of log p(x)."""
-        mean, se = _mean_and_error(self.log_p)
-        value = f"{mean:.2f} +- {se:.2f} nats per datum"
+        mean, se = mean_and_error(self.log_p)
+        value = f"{mean:.2f}{'' if math.isnan(se) else f' +- {se:.2f}'} nats per datum"
         if self.is_exact:
             return f"log p(x) = {value}, exactly computed."
         said = f"log p(x) >= {value} ({_label(self.num_particles)}, in expectation)"
@@ -171,7 +173,9 @@ def _label(num_particles: int) -> str:
     return "ELBO" if num_particles == 1 else f"L_{num_particles}"
 
 
-def _mean_and_error(values: "xr.DataArray") -> tuple[float, float]:
-    size = values.size
-    error = float(values.std(ddof=1)) / math.sqrt(size) if size > 1 else math.nan
-    return float(values.mean()), error
+def mean_and_error(values: "xr.DataArray") -> tuple[float, float]:
+    """Mean over data and its standard error, NaN for a single datum or an infinite mean."""
+    mean, size = float(values.mean()), values.size
+    if size == 1 or math.isinf(mean):
+        return mean, math.nan
+    return mean, float(values.std(ddof=1)) / math.sqrt(size)
