@@ -466,7 +466,7 @@ def log_weights(
     """
     device = module_device(pair)
     columns = pair.columns(data).realised().to(device)
-    pair.prepare(columns.rows(slice(0, 2)))
+    pair.prepare(columns.rows(slice(0, 13)))
     with evaluating(pair), fenced(seed, device):
         found = [
             torch.cat([particles.log_weights for particles in passes])

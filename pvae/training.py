@@ -10,7 +10,9 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pyro.infer
@@ -21,6 +23,7 @@ from torch.optim import Optimizer
 from pvae import checkpoint
 from pvae.declare import LatentModel
 from pvae.fence import evaluating, fenced
+from pvae.lowering import CannotLower, Lowered
 from pvae.objectives import ELBO, Objective
 from pvae.pair import Batch, Columns, Pair
 from pvae.particles import blocks
@@ -37,6 +40,7 @@ class Run:
     scheduler: Any
     validation: Columns | None = None
     folder: str | os.PathLike[str] | None = None
+    lowered: Lowered | None = None
 
     def __init__(
         self,
@@ -50,7 +54,8 @@ class Run:
     ):
         self.model, self.data, self.device = model, data, device
         self.objective: Any = objective
-        self.batch_size, self.clip_norm, self.seed = batch_size, clip_norm, seed
+        self.batch_size = min(batch_size, len(data))
+        self.clip_norm, self.seed = clip_norm, seed
         model.to(device)
         with torch.random.fork_rng():
             model.prepare(data.rows(slice(0, batch_size)))
@@ -65,6 +70,7 @@ class Run:
         optimizer: Callable[..., Optimizer],
         scheduler: Callable[[Optimizer], Any] | None,
         patience: int | None,
+        compiled: bool,
     ) -> dict[str, Any]:
         """What makes two runs the same, as plain data."""
         valid = self.validation
@@ -77,6 +83,7 @@ class Run:
             "clip_norm": self.clip_norm,
             "patience": patience,
             "seed": self.seed,
+            "compiled": compiled,
             "data": f"{self.data.main.spec.space()}, {self.data.main.spec.split}",
             "num_data": len(self.data),
             "num_validation": None if valid is None else len(valid),
@@ -96,6 +103,8 @@ class Run:
         from tqdm.auto import tqdm
 
         self.model.train()
+        if settings["compiled"]:
+            self._lower()
         first = len(self.history)
         bar = tqdm(
             total=epochs,
@@ -138,13 +147,14 @@ class Run:
         totals: dict[str, Tensor] = {}
         seen = 0
         order = torch.randperm(len(self.data), device=self.device)
-        for index in order.split(self.batch_size):
-            if steps is not None and self.step >= steps:
-                break
-            parts = self._step(index)
-            seen += len(index)
-            for name, mean in parts.items():
-                totals[name] = totals.get(name, 0.0) + mean * len(index)
+        with self._keeping_good_weights():
+            for index in order.split(self.batch_size):
+                if steps is not None and self.step >= steps:
+                    break
+                parts = self._step(index)
+                seen += len(index)
+                for name, mean in parts.items():
+                    totals[name] = totals.get(name, 0.0) + mean * len(index)
         row: dict[str, Any] = {"epoch": len(self.history) + 1, "step": self.step}
         row |= {name: float(total) / seen for name, total in totals.items()}
         row |= self._validate()
@@ -153,23 +163,37 @@ class Run:
         self.history.append(row)
         self._step_scheduler(row)
         if "valid" in row and row["valid"] > self.best[0]:
-            weights = {k: v.clone() for k, v in checkpoint.module_tensors(self.model).items()}
-            self.best = (row["valid"], row["epoch"], weights)
+            self.best = (row["valid"], row["epoch"], self._weights())
         return row
+
+    def _weights(self) -> dict[str, Tensor]:
+        """A copy of the model's tensors."""
+        return {k: v.clone() for k, v in checkpoint.module_tensors(self.model).items()}
+
+    @contextmanager
+    def _keeping_good_weights(self) -> Iterator[None]:
+        """Go back to the epoch's first weights if a step itself made them overflow."""
+        weights = self._weights()
+        try:
+            yield
+        except FloatingPointError:
+            if any(_not_finite(p) for p in self.model.parameters()):
+                self.model.load_state_dict(weights, strict=False)
+            raise
 
     def _step(self, index: Tensor) -> dict[str, Tensor]:
         """One optimiser step; returns the objective and its parts, means over the batch."""
         batch = self.data.batch(index)
         random_state = _random_state(self.device)
         self.optimizer.zero_grad()
-        if isinstance(self.objective, Objective):
-            particles = self.model.draw(batch, self.objective.num_particles)
-            bound = self.objective.per_datum(particles).mean()
-            if bound.requires_grad:
-                (-bound).backward()
-            parts = {"train": bound.detach()}
-            with torch.no_grad():
-                parts |= {f"train {k}": v.detach().mean() for k, v in particles.terms().items()}
+        if self.lowered is not None and len(index) == self.batch_size:
+            parts = self.lowered(batch)
+            del parts["loss"]
+        elif isinstance(self.objective, Objective):
+            parts = self._parts(self.model, batch)
+            loss = parts.pop("loss")
+            if loss.requires_grad:
+                loss.backward()
         else:
             loss = self.objective.loss_and_grads(self.model.model, self.model.guide, batch)
             parts = {"train": torch.as_tensor(-loss / len(index), dtype=torch.float64)}
@@ -178,6 +202,27 @@ class Run:
         self._step_optimizer(scale, index)
         self.step += 1
         return parts
+
+    def _parts(self, model: Pair, batch: Batch) -> dict[str, Tensor]:
+        """The loss to differentiate, the objective and its parts: means over the batch."""
+        particles = model.draw(batch, self.objective.num_particles)
+        bound = self.objective.per_datum(particles).mean()
+        with torch.no_grad():
+            terms = {f"train {k}": v.detach().mean() for k, v in particles.terms().items()}
+        return {"loss": -bound, "train": bound.detach(), **terms}
+
+    def _lower(self) -> None:
+        """Have whole batches run as a compiled graph, or say why not."""
+        try:
+            if not isinstance(self.objective, Objective):
+                raise CannotLower(f"{title_of(self.objective)} is Pyro's own and returns numbers")
+            with torch.random.fork_rng():
+                batch = self.data.batch(torch.arange(self.batch_size, device=self.device))
+            lowered = Lowered(self.model, self._parts, batch)
+            lowered.compile(batch)
+            self.lowered = lowered
+        except CannotLower as error:
+            warnings.warn(f"The fit runs without being compiled: {error}.", stacklevel=4)
 
     def _step_optimizer(self, scale: float, index: Tensor) -> None:
         parameters = [p for p in self.model.parameters() if p.grad is not None]
@@ -245,7 +290,9 @@ class Run:
 
     # ------------------------------------------------------------------ the run's folder
 
-    def open(self, folder: str | os.PathLike[str], settings: dict[str, Any]) -> None:
+    def open(
+        self, folder: str | os.PathLike[str], settings: dict[str, Any], compiled_as_before: bool
+    ) -> None:
         """Continue the run in the folder, or start one there."""
         self.folder = folder
         settings["data_fingerprint"] = self.data.fingerprint()
@@ -255,6 +302,8 @@ class Run:
             self._save(settings)
             return
         meta, weights, training = checkpoint.read(folder)
+        if compiled_as_before:
+            settings["compiled"] = meta["settings"].get("compiled")
         declared = json.loads(json.dumps(declaration_of(self.model)))
         different = {
             key: (meta["settings"].get(key), value)

@@ -298,3 +298,13 @@ def test_data_that_are_not_finite_are_refused_on_entry():
         fit(ppca(), x)
     with pytest.raises(ValueError, match=r"NaN or infinite values in 1 of 10 rows, .* row 4"):
         fit(ppca(), TRUTH.sample(10), validation=x)
+
+
+def test_weights_that_a_step_made_overflow_are_put_back_to_the_epochs_first():
+    model = pvae.models.vae(data_size=6, latent_size=2, hidden=(5,))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    x = torch.rand(20, 6).round()
+    with pytest.raises(FloatingPointError, match="last good weights"):
+        pvae.fit(model, x, lr=1e38, optimizer=torch.optim.SGD, batch_size=5, progress=False)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name])

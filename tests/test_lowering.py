@@ -1,0 +1,244 @@
+"""Lowered steps: the same numbers as Pyro's, from a graph in which no Pyro runs."""
+
+import shutil
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.poutine import runtime
+from torch import nn
+
+import pvae
+from pvae import Latent, LatentModel, Observed, PyroPair, models, svi
+from pvae.fence import fenced
+from pvae.lowering import CannotLower, Lowered
+from pvae.nets import MLP
+
+SMALL = {
+    "hierarchical_vae": {"latent_sizes": (3, 2), "hidden": (5,), "hidden_top": (4,)},
+    "mixture_of_bernoullis": {"num_components": 3},
+    "mixture_of_gaussians": {"num_components": 3},
+    "ppca": {"latent_size": 2},
+}
+CPU = torch.device("cpu")
+SETTINGS = {"batch_size": 8, "steps": 50, "progress": False, "lr": 1e-2}
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+
+
+def declare(name):
+    torch.manual_seed(0)
+    settings = SMALL.get(name, {"latent_size": 2, "hidden": (5,)})
+    return getattr(models, name)(data_size=6, **settings)
+
+
+def data(num=20):
+    return torch.rand(num, 6, generator=torch.Generator().manual_seed(1)).round()
+
+
+def loss(model, batch):
+    return {"loss": -model.draw(batch, 2).log_weights.mean()}
+
+
+def lower(model, batch):
+    with fenced(0, CPU):
+        return Lowered(model, loss, batch)
+
+
+@pytest.fixture
+def not_compiled(monkeypatch):
+    """Graphs run as they are, since inductor adds in another order."""
+    monkeypatch.setattr(Lowered, "compile", lambda self, batch: None)
+
+
+def assert_same_fit(eager, lowered):
+    for (name, value), other in zip(
+        eager.model.state_dict().items(), lowered.model.state_dict().values(), strict=True
+    ):
+        assert torch.equal(value, other), name
+    columns = [name for name in eager.history if name != "seconds"]
+    assert eager.history[columns].equals(lowered.history[columns])
+
+
+@pytest.mark.usefixtures("not_compiled")
+@pytest.mark.parametrize("objective", [pvae.ELBO(), pvae.ELBO(3), pvae.IWAE(4)], ids=repr)
+@pytest.mark.parametrize("name", models.__all__)
+def test_fifty_lowered_steps_are_those_of_pyro_bit_for_bit(name, objective):
+    """20 data in batches of 8: the last of each epoch, of 4, runs in Pyro either way."""
+    eager = pvae.fit(declare(name), data(), objective, compile=False, **SETTINGS)
+    lowered = pvae.fit(declare(name), data(), objective, compile=True, **SETTINGS)
+    assert_same_fit(eager, lowered)
+
+
+@needs_compiler
+def test_compiled_steps_are_those_of_pyro_but_for_rounding():
+    fits = [
+        pvae.fit(declare("vae").double(), data().double(), pvae.IWAE(4), compile=c, **SETTINGS)
+        for c in (False, True)
+    ]
+    eager, compiled = (dict(fit.model.named_parameters()) for fit in fits)
+    for name, value in eager.items():
+        torch.testing.assert_close(value, compiled[name], rtol=1e-8, atol=1e-8)
+
+
+def test_no_pyro_runs_in_a_lowered_step(monkeypatch):
+    model = declare("hierarchical_vae")
+    lowered = lower(model, data())
+
+    def refuse(message):
+        raise AssertionError("a Pyro handler ran")
+
+    monkeypatch.setattr(runtime, "apply_stack", refuse)
+    monkeypatch.setattr(pyro.primitives, "apply_stack", refuse)
+    monkeypatch.setattr(LatentModel, "model", refuse)
+    lowered(data())
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_a_lowered_step_follows_the_parameters_it_was_not_read_with():
+    model = declare("vae")
+    lowered = lower(model, data())
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1
+    torch.manual_seed(3)
+    found = lowered(data())["loss"]
+    torch.manual_seed(3)
+    assert torch.equal(found, loss(model, data())["loss"])
+
+
+def test_reading_a_step_changes_neither_the_model_nor_the_random_state():
+    model = LatentModel(
+        z=Latent(dist.Normal, 2), x=Observed(dist.Bernoulli, 6, given="z", net=normalised(2, 6))
+    )
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    state = torch.get_rng_state()
+    with fenced(None, CPU):
+        Lowered(model, loss, data())
+    assert torch.equal(state, torch.get_rng_state())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def normalised(size_in, size_out):
+    """A net of one's own whose buffers each step changes."""
+
+    class Normalised(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear, self.norm = nn.Linear(size_in, 8), nn.BatchNorm1d(8)
+            self.out = nn.Linear(8, size_out)
+
+        def forward(self, z):
+            h = self.norm(self.linear(z).reshape(-1, 8)).reshape(*z.shape[:-1], 8)
+            return self.out(torch.nn.functional.dropout(h, 0.5, self.training))
+
+    return Normalised()
+
+
+@pytest.mark.usefixtures("not_compiled")
+def test_batch_norm_and_dropout_are_lowered_with_their_buffers():
+    def fit(compile):
+        torch.manual_seed(0)
+        z = Latent(dist.Normal, 2, given="x", net=MLP(5))
+        x = Observed(dist.Bernoulli, 6, given="z", net=normalised(2, 6))
+        model = LatentModel(z=Latent(dist.Normal, 2), x=x, guide={"z": z})
+        return pvae.fit(model, data(), compile=compile, **SETTINGS)
+
+    lowered = fit(True)
+    assert_same_fit(fit(False), lowered)
+    assert int(
+        lowered.model.state_dict()["model_modules.x.nets.net.module.norm.num_batches_tracked"]
+    )
+
+
+class HandWritten(nn.Module):
+    def __init__(self, branches=False):
+        super().__init__()
+        self.encoder, self.decoder = nn.Linear(6, 4), nn.Linear(2, 6)
+        self.branches = branches
+
+    def model(self, x):
+        pyro.module("decoder", self.decoder)
+        temperature = pyro.param("temperature", torch.tensor(1.0), dist.constraints.positive)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(len(x), 2), 1.0).to_event(1))
+            if self.branches and z.sum() > 0:
+                z = -z
+            logits = temperature * self.decoder(z)
+            pyro.sample("x", dist.Bernoulli(logits=logits).to_event(1), obs=x)
+
+    def guide(self, x):
+        pyro.module("encoder", self.encoder)
+        with pyro.plate("data", len(x)):
+            loc, log_scale = self.encoder(x).chunk(2, -1)
+            pyro.sample("z", dist.Normal(loc, log_scale.exp()).to_event(1))
+
+
+def fit_hand_written(compile, branches=False):
+    torch.manual_seed(0)
+    pair = HandWritten(branches)
+    return pvae.fit(PyroPair(pair.model, pair.guide), data(), compile=compile, **SETTINGS)
+
+
+@pytest.mark.usefixtures("not_compiled")
+def test_a_hand_written_pair_is_lowered():
+    assert_same_fit(fit_hand_written(False), fit_hand_written(True))
+
+
+def test_control_flow_on_values_is_said_once_and_runs_in_pyro():
+    with pytest.warns(UserWarning, match="runs without being compiled: .*") as said:
+        lowered = fit_hand_written(True, branches=True)
+    assert len(said) == 1
+    assert_same_fit(fit_hand_written(False, branches=True), lowered)
+
+
+def test_a_network_that_hides_from_the_pair_is_not_lowered():
+    """Its weights would be constants of the graph, and would never be trained."""
+    decoder = nn.Linear(2, 6)
+
+    def model(x):
+        pyro.module("decoder", decoder)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(len(x), 2), 1.0).to_event(1))
+            pyro.sample("x", dist.Bernoulli(logits=decoder(z)).to_event(1), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            scale = pyro.param("scale", torch.ones(2), dist.constraints.positive)
+            pyro.sample("z", dist.Normal(x.new_zeros(len(x), 2), scale).to_event(1))
+
+    pair = PyroPair(model, guide)
+    pair.prepare(data())
+    with pytest.raises(CannotLower, match="depend on more than parameters, batch and random"):
+        lower(pair, data())
+
+
+def test_without_a_working_compiler_the_fit_runs_in_pyro(monkeypatch):
+    def fail(self, batch):
+        raise CannotLower("InvalidCxxCompiler: no C++ compiler")
+
+    monkeypatch.setattr(Lowered, "compile", fail)
+    with pytest.warns(UserWarning, match="without being compiled: InvalidCxxCompiler"):
+        found = pvae.fit(declare("vae"), data(), compile=True, **SETTINGS)
+    assert_same_fit(pvae.fit(declare("vae"), data(), compile=False, **SETTINGS), found)
+
+
+def test_objectives_of_pyro_run_in_pyro():
+    with pytest.warns(UserWarning, match="Trace_ELBO.* is Pyro's own"):
+        pvae.fit(declare("vae"), data(), pyro.infer.Trace_ELBO(), compile=True, **SETTINGS)
+
+
+@pytest.mark.usefixtures("not_compiled")
+@pytest.mark.parametrize(("steps", "compiled"), [(49, False), (50, True)])
+def test_auto_compiles_long_fits_only(monkeypatch, steps, compiled):
+    monkeypatch.setattr(svi, "LONG", 50)
+    fit = pvae.fit(declare("vae"), data(), **(SETTINGS | {"steps": steps}))
+    assert fit.settings["compiled"] is compiled
+
+
+@pytest.mark.usefixtures("not_compiled")
+def test_auto_resumes_as_the_run_began(monkeypatch, tmp_path):
+    monkeypatch.setattr(svi, "LONG", 50)
+    pvae.fit(declare("vae"), data(), folder=tmp_path, **(SETTINGS | {"steps": 30}))
+    resumed = pvae.fit(declare("vae"), data(), folder=tmp_path, **(SETTINGS | {"steps": 60}))
+    assert resumed.settings["compiled"] is False
