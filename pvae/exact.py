@@ -31,7 +31,6 @@ MOST_POINTS = {1: 2**17 + 1, 2: 2**11 + 1}
 CONVERGED = 1e-3  # nats between a grid and each of those of every second point of it
 MAX_ROWS = 100_000  # rows of a site's distribution in memory at once
 NEGLIGIBLE = 35.0  # nats below the largest value of the integrand
-CUT_OFF = 20.0  # so near to it, no value may lie at the edge of the box
 
 
 class Intractable(ValueError):
@@ -288,7 +287,7 @@ def _integrate(
     low, high = low.expand(size, -1), high.expand(size, -1)
     for _ in range(20):
         step = (high - low) / (points - 1)
-        first, last = _extent(_on_grid(model, batch, names, low, step, points), NEGLIGIBLE)
+        first, last = _extent(_on_grid(model, batch, names, low, step, points))
         if bool(((last - first) > 0.4 * points).all()):
             break
         low, high = low + (first - 1) * step, low + (last + 1) * step
@@ -298,15 +297,13 @@ def _integrate(
 def _rule(
     model: LatentModel, batch: Batch, names: list[str], low: Tensor, high: Tensor, points: int
 ) -> Tensor:
-    """log of the trapezoid sum, (N,), on a finer grid or a wider box for data that need it."""
+    """log of the trapezoid sum, (N,), on a finer grid for those data that need one."""
     step = (high - low) / (points - 1)
     value = _on_grid(model, batch, names, low, step, points)
     fine = _trapezoid(value, step)
     halves = product((slice(0, None, 2), slice(1, None, 2)), repeat=low.shape[1])
     coarse = torch.stack([_trapezoid(value[half], 2 * step) for half in halves])
-    first, last = _extent(value, CUT_OFF)
-    cut_off = ((first == 0) | (last == points - 1)).any(1)
-    again = ((fine - coarse).abs().amax(0) > CONVERGED) | cut_off
+    again = (fine - coarse).abs().amax(0) > CONVERGED
     if bool(again.any()):
         if points >= MOST_POINTS[low.shape[1]]:
             raise Intractable(
@@ -314,9 +311,7 @@ def _rule(
                 "p(x, z) is too narrow in z. Use pvae.evaluate for bounds and estimates."
             )
         few = batch[again] if isinstance(batch, Tensor) else {k: v[again] for k, v in batch.items()}
-        margin = 0.1 * (high - low) * cut_off.unsqueeze(1)
-        low, high = (low - margin)[again], (high + margin)[again]
-        fine[again] = _rule(model, few, names, low, high, 2 * points - 1)
+        fine[again] = _rule(model, few, names, low[again], high[again], 2 * points - 1)
     return fine
 
 
@@ -346,10 +341,10 @@ def _by_site(model: LatentModel, names: list[str], z: Tensor) -> dict[str, Tenso
     }
 
 
-def _extent(value: Tensor, nats: float) -> tuple[Tensor, Tensor]:
-    """First and last index along each axis within so many nats of the largest, each (N, dims)."""
+def _extent(value: Tensor) -> tuple[Tensor, Tensor]:
+    """First and last index along each axis where the integrand matters, each (N, dims)."""
     dims = value.dim() - 1
-    keep = value > value.amax(tuple(range(dims)), keepdim=True) - nats
+    keep = value > value.amax(tuple(range(dims)), keepdim=True) - NEGLIGIBLE
     first, last = [], []
     for axis in range(dims):
         others = tuple(d for d in range(dims) if d != axis)

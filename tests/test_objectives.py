@@ -301,6 +301,15 @@ def test_one_objective_serves_pairs_with_their_data_elsewhere():
         assert objective.loss(truth.model, truth.guide, x) == pytest.approx(-log_p)
 
 
+def test_looking_for_plates_draws_no_random_numbers():
+    model, x, objective = vae(), binary(), IWAE(3)
+    losses = []
+    for _ in range(2):  # plates are looked for in the first round only
+        pyro.set_rng_seed(1)
+        losses.append(objective.loss(model.model, model.guide, x))
+    assert losses[0] == losses[1]
+
+
 def test_data_may_come_by_keyword():
     truth = LinearGaussian.drawn()
     x = truth.sample(8)
