@@ -61,10 +61,10 @@ class Lowered:
         leaves, self.layout = tree_flatten(batch)
         try:
             self.graph: Callable[..., Any] = self._apart(
-                lambda tensors: make_fx(lambda p, b, x: self._run(p, b, x))(*tensors, leaves)
+                lambda p, b: make_fx(lambda *inputs: self._run(*inputs))(p, b, leaves)
             )
-            expected = self._apart(lambda tensors: self._run(*tensors, leaves))
-            found = self._apart(lambda tensors: self.graph(*tensors, leaves))
+            expected = self._apart(lambda p, b: self._run(p, b, leaves))
+            found = self._apart(lambda p, b: self.graph(p, b, leaves))
         except Exception as error:
             first_line = str(error).strip().partition("\n")[0]
             raise CannotLower(f"{type(error).__name__}: {first_line}") from error
@@ -85,7 +85,7 @@ class Lowered:
         )
         try:
             with torch.no_grad():  # as it will be called: the graph holds its own gradients
-                self._apart(lambda tensors: compiled(*_detached(tensors), leaves))
+                self._apart(lambda p, b: compiled([t.detach() for t in p], b, leaves))
         except Exception as error:
             first_line = str(error).strip().partition("\n")[0]
             raise CannotLower(f"{type(error).__name__}: {first_line}") from error
@@ -111,13 +111,13 @@ class Lowered:
         gradients = torch.autograd.grad(first, parameters, allow_unused=True)
         return [value.detach() for value in result.values()], list(gradients)
 
-    def _apart(self, run: Callable[[list[list[Tensor]]], Any]) -> Any:
+    def _apart(self, run: Callable[[list[Tensor], list[Tensor]], Any]) -> Any:
         """Run on copies of parameters and buffers, from one random state that is put back."""
         parameters = [p.detach().clone().requires_grad_() for p in self.parameters.values()]
         buffers = [buffer.detach().clone() for buffer in self.buffers.values()]
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            return run([parameters, buffers])
+            return run(parameters, buffers)
 
     def _in_place(self, leaves: list[Tensor]) -> Any:
         """The program itself, for networks that hide from `functional_call`."""
@@ -132,10 +132,6 @@ class Lowered:
             for name, buffer in self.buffers.items():
                 buffer.copy_(kept[name])
         return [value.detach() for value in result.values()], list(gradients)
-
-
-def _detached(tensors: list[list[Tensor]]) -> list[list[Tensor]]:
-    return [[tensor.detach() for tensor in group] for group in tensors]
 
 
 def _equal(left: Any, right: Any) -> bool:

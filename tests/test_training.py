@@ -305,6 +305,6 @@ def test_weights_that_a_step_made_overflow_are_put_back_to_the_epochs_first():
     before = {name: value.clone() for name, value in model.state_dict().items()}
     x = torch.rand(20, 6).round()
     with pytest.raises(FloatingPointError, match="last good weights"):
-        pvae.fit(model, x, lr=1e38, optimizer=torch.optim.SGD, batch_size=5, progress=False)
+        pvae.fit(model, x, lr=1e45, optimizer=torch.optim.SGD, batch_size=5, progress=False)
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name])
