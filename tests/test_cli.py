@@ -1,0 +1,281 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from typer.testing import CliRunner, Result
+
+import pvae
+from pvae import cli
+from pvae.data import DATASETS, load_data
+from pvae.objectives import ELBO, IWAE
+
+COMMANDS = ("demo", "fit", "evaluate", "compare", "models", "data")
+
+MY_MODEL = """
+from torch import nn
+from beside import SIZE
+from pyro.distributions import Bernoulli, Normal
+from pvae import Latent, LatentModel, Observed
+from pvae.nets import MLP
+
+
+class Own(nn.Linear):
+    pass
+
+
+def my_model(data_size, latent_size=SIZE, net=None):
+    return LatentModel(
+        z=Latent(Normal, latent_size),
+        x=Observed(Bernoulli, data_size, given="z", net=net or MLP(4)),
+        guide={"z": Latent(Normal, latent_size, given="x", net=MLP(4))},
+        name="mine",
+    )
+
+
+def with_own_net(data_size):
+    return my_model(data_size, net=Own(SIZE, data_size))
+
+
+def no_model():
+    return "nothing"
+"""
+
+MY_PAIR = """
+import pvae, pyro, torch
+from pyro.distributions import Bernoulli, Normal
+
+
+def my_pair(data_size):
+    decoder, encoder = torch.nn.Linear(2, data_size), torch.nn.Linear(data_size, 2)
+
+    def model(x):
+        pyro.module("decoder", decoder)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", Normal(torch.zeros(len(x), 2), 1.0).to_event(1))
+            pyro.sample("x", Bernoulli(logits=decoder(z)).to_event(1), obs=x)
+
+    def guide(x):
+        pyro.module("encoder", encoder)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", Normal(encoder(x), 1.0).to_event(1))
+
+    return pvae.PyroPair(model, guide)
+"""
+
+
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.delitem(sys.modules, "beside", raising=False)
+    Path("my_model.py").write_text(MY_MODEL)
+    Path("my_pair.py").write_text(MY_PAIR)
+    Path("beside.py").write_text("SIZE = 3\n")
+
+
+def pvae_command(line: str, **env: str) -> Result:
+    return CliRunner().invoke(cli.app, line, env=env, prog_name="pvae")
+
+
+def works(line: str) -> str:
+    result = pvae_command(line)
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def fails(line: str, code: int = 1) -> str:
+    result = pvae_command(line)
+    assert result.exit_code == code, result.output
+    assert isinstance(result.exception, SystemExit)
+    assert result.stdout == ""
+    return " ".join(result.stderr.split())
+
+
+VAE = "fit vae --epochs 1 --set latent_size=2 --set hidden=4 --folder"
+
+
+# ---------------------------------------------------------------------------------- it teaches
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_help_of_each_command_shows_how_to_call_it(command):
+    assert f"\n  pvae {command}" in works(f"{command} --help")
+
+
+def test_the_overview_names_every_command_and_the_version():
+    overview = works("--help")
+    assert all(f"\n  {command} " in overview for command in COMMANDS)
+    assert works("--version") == f"pvae {pvae.__version__}\n"
+
+
+def test_models_and_data_are_listed_with_what_can_be_set():
+    listed = works("models")
+    assert all(f"{name}\n" in listed for name in pvae.models.__all__)
+    assert "  data_size=784, latent_size=50, hidden=(200, 200)\n" in listed
+    assert "p(c) = Categorical(pi), p(x | c) = Bernoulli(p_c)." in listed
+    rows = {line.split()[0]: line for line in works("data").splitlines() if line}
+    assert rows.keys() >= DATASETS.keys()
+    assert rows["digits"].split()[1:8] == ["1257", "180", "360", "8", "x", "8", "17"]
+
+
+# ---------------------------------------------------------------------------------- it works
+
+
+def test_fit_then_evaluate_agrees_with_the_library():
+    assert "Next: pvae evaluate run" in works(f"{VAE} run --objective iwae-3 --batch-size 100")
+    printed = works("evaluate run --num-particles 20 --device cpu")
+    result = pvae.evaluate(pvae.load("run").model, load_data("digits").test, 20)
+    assert result.verdict in printed
+    table = pd.read_csv("run/evaluation.csv", index_col=0)
+    expected = result.summary()
+    pd.testing.assert_series_equal(table["value"], expected["value"], check_names=False)
+    assert set(table["data"]) == {result.spec.space()}
+    settings = pvae.load("run").settings
+    assert settings["objective"] == "IWAE(num_particles=3)"
+    assert settings["batch_size"] == 100
+    assert pvae.load("run").model.sites["z"].shape == (2,)
+
+
+def test_the_same_command_continues_a_run():
+    works(f"{VAE} run")
+    works(f"{VAE} run --epochs 3")
+    works(f"{VAE} whole --epochs 3")
+    continued, whole = pvae.load("run").history, pvae.load("whole").history
+    assert continued["train"].to_list() == whole["train"].to_list()
+    assert len(whole) == 3
+
+
+def test_a_run_remembers_its_data_and_can_be_evaluated_by_another_proposal():
+    works("fit gaussian_vae --epochs 1 --set hidden=4 --dequantisation uniform --folder run")
+    printed = works("evaluate run --num-particles 20 --proposal prior")
+    assert "uniform dequantisation of 17 levels" in printed
+    assert "20 particles from the prior" in printed
+
+
+def test_seeds_give_initial_weights():
+    for run, seed in (("one", 1), ("again", 1), ("two", 2)):
+        works(f"{VAE} {run} --seed {seed}")
+    one, again, two = (pvae.load(run).history["train"].item() for run in ("one", "again", "two"))
+    assert one == again != two
+
+
+def test_compare_ranks_runs():
+    works(f"{VAE} vae")
+    works("fit mixture_of_bernoullis --epochs 1 --set num_components=2 --folder mixture")
+    printed = works("compare vae mixture --num-particles 20")
+    test = load_data("digits").test
+    results = {run: pvae.evaluate(pvae.load(run).model, test, 20) for run in ("vae", "mixture")}
+    assert repr(pvae.compare(results)) in printed
+
+
+def test_models_of_the_users_own_files():
+    works("fit my_model.py --epochs 1 --set latent_size=5 --folder run")
+    assert pvae.load("run").model.sites["z"].shape == (5,)
+    works("evaluate run --num-particles 2")  # its declaration is data, so the file is not needed
+
+
+@pytest.mark.parametrize("model", ["my_model.py:with_own_net", "my_pair.py"])
+def test_models_that_are_code_are_named_again(model):
+    works(f"fit {model} --epochs 1 --folder run")
+    assert "run is code of your own, which is not run unasked" in fails("evaluate run")
+    assert "log p(x) >=" in works(f"evaluate run --num-particles 2 --model {model}")
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "num_particles"),
+    [("elbo", ELBO, 1), ("ELBO-7", ELBO, 7), ("iwae", IWAE, 50), ("iwae-5", IWAE, 5)],
+)
+def test_objectives_by_name(text, kind, num_particles):
+    objective = cli._objective(text)
+    assert type(objective) is kind
+    assert objective.num_particles == num_particles
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("8", 8), ("0.5", 0.5), ("16,8", (16, 8)), ("(4,)", (4,)), ("per pixel", "per pixel")],
+)
+def test_settings_are_read_as_python_writes_them(text, value):
+    assert cli._setting(f"name={text}") == ("name", value)
+
+
+# ---------------------------------------------------------------------------------- what goes wrong
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("fit vea --folder run", "There is no model 'vea'. Did you mean 'vae'?"),
+        ("fit vae --set size=3 --folder run", "Model 'vae' has no setting 'size'; it has data_si"),
+        ("fit vae --data minst --folder run", "Did you mean 'mnist'"),
+        ("fit vae --binarisation none --folder run", "grey levels"),
+        ("fit vae --device moon --folder run", "No device 'moon' here"),
+        ("fit none.py --folder run", "There is no file none.py to read the model from"),
+        ("fit my_model.py:other --folder run", "my_model.py has no function 'other'"),
+        ("fit my_model.py:no_model --folder run", "must return a LatentModel or a PyroPair, got"),
+        ("fit broken.py --folder run", "broken.py cannot be run: NameError: name 'nothing'"),
+        ("evaluate run", "run holds no run: make one by `pvae fit MODEL --folder run`"),
+        ("compare run other", "run holds no run"),
+    ],
+)
+def test_errors_are_one_message(line, message):
+    Path("broken.py").write_text("nothing\n")
+    said = fails(line)
+    assert said.startswith("pvae: ")
+    assert message in said
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("fit vae --folder run --objective vi", 'expected "elbo" or "iwae"'),
+        ("fit vae --folder run --set latent_size", "expected NAME=VALUE, got 'latent_size'"),
+        ("fit vae --folder run --epochs 0", "--epochs"),
+        ("fit vae", "--folder"),
+        ("evaluate", "run"),
+        ("nothing", "nothing"),
+    ],
+)
+def test_wrong_usage_is_told_by_exit_code_2(line, message):
+    assert message in fails(line, code=2)
+
+
+def test_runs_that_cannot_be_used_are_refused():
+    works(f"{VAE} run")
+    assert "run holds another run" in fails(f"{VAE} run --lr 0.1")
+    works("fit gaussian_vae --epochs 1 --set hidden=4 --dequantisation uniform --folder other")
+    said = fails("compare run other --num-particles 2")
+    assert "different observation spaces" in said
+    Path("run", cli.COMMAND).write_text("{")
+    assert "command.json is damaged" in fails("evaluate run")
+    Path("run", cli.COMMAND).write_text(json.dumps({"data": "digits"}))
+    assert "command.json is damaged (KeyError('set'))" in fails("evaluate run")
+    Path("run", cli.COMMAND).unlink()
+    assert "run was fitted from Python" in fails("evaluate run")
+
+
+def test_interruption_is_no_traceback(monkeypatch):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pvae.svi.fit", interrupt)
+    assert fails(f"{VAE} run") == "pvae: interrupted."
+
+
+@pytest.mark.parametrize("line", ["--debug evaluate run", "evaluate run"])
+def test_debugging_shows_the_error_itself(line):
+    result = pvae_command(line, PVAE_DEBUG="" if "--debug" in line else "1")
+    assert isinstance(result.exception, FileNotFoundError)
+
+
+def test_a_process_fails_with_a_message_and_no_traceback():
+    code = "from pvae.cli import main; main()"
+    command = [sys.executable, "-c", code, "fit", "vea", "--folder", "run"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 1
+    assert result.stdout == ""
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("pvae: There is no model 'vea'.")
