@@ -212,8 +212,8 @@ def load(folder: str | os.PathLike[str], model: Pair | None = None) -> Fit:
     if model is None:
         if "sites" not in meta["declaration"]:
             raise ValueError(
-                f"The run in {folder} is of {meta['declaration']['code']}, which is code: build it "
-                "and pass it by `model=`."
+                f"The run in {folder} is of {meta['declaration']['code'].splitlines()[0]}, which is "
+                "code: build it and pass it by `model=`."
             )
         model = LatentModel.from_json(meta["declaration"])
         floats = [weight.dtype for weight in weights.values() if weight.is_floating_point()]
