@@ -30,6 +30,7 @@ __all__ = ["Particles", "Plates", "blocks", "draw", "find_plates", "log_weights"
 Program = Callable[..., Any]
 
 MAX_ROWS = 8192  # particle-datum pairs in one pass: its activations fit a cache
+PARTICLES_TOGETHER = 64  # at least, where there are as many: they share one run of the encoder
 MAX_WEIGHTS = 2**22  # weights held at once, for as many data as that leaves room for
 
 PLATE_TO_WRITE = """
@@ -405,7 +406,8 @@ def blocks(
     Yields:
         The slice of data, and the numbers of particles of its passes, which sum to K exactly.
     """
-    size = max(1, min(num_data, max_weights // num_particles, max_rows))
+    together = min(num_particles, PARTICLES_TOGETHER)
+    size = max(1, min(num_data, max_weights // num_particles, max_rows // together))
     for start in range(0, num_data, size):
         stop = min(start + size, num_data)
         most = max(1, min(num_particles, max_rows // (stop - start)))

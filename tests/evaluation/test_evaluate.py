@@ -206,7 +206,7 @@ class Memory(TorchDispatchMode):
 
 def test_memory_does_not_grow_with_k(monkeypatch):
     monkeypatch.setattr(particles, "MAX_WEIGHTS", 2**15)
-    monkeypatch.setattr(particles.weigh, "__defaults__", (512,))
+    monkeypatch.setattr(particles.weigh, "__defaults__", (2048,))
     x, pair = TRUTH.sample(20), TRUTH.pair(spread=2.0)
     peaks = {}
     for K in (2000, 20_000):
