@@ -211,9 +211,10 @@ def load(folder: str | os.PathLike[str], model: Pair | None = None) -> Fit:
     meta, weights, training = checkpoint.read(folder)
     if model is None:
         if "sites" not in meta["declaration"]:
+            code = meta["declaration"]["code"].splitlines()[0]
             raise ValueError(
-                f"The run in {folder} is of {meta['declaration']['code'].splitlines()[0]}, which is "
-                "code: build it and pass it by `model=`."
+                f"The run in {folder} is of {code}, which is code: build it, and pass it by "
+                "`model=`."
             )
         model = LatentModel.from_json(meta["declaration"])
         floats = [weight.dtype for weight in weights.values() if weight.is_floating_point()]
