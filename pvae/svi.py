@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import pyro.infer
 import torch
+from pyro.optim import PyroOptim
 from torch.optim import Optimizer
 
 from pvae import checkpoint
@@ -24,6 +25,7 @@ from pvae.declare import LatentModel
 from pvae.fence import fenced, resolve_device
 from pvae.objectives import ELBO, Objective
 from pvae.pair import Pair
+from pvae.particles import check_count
 from pvae.training import Run
 
 if TYPE_CHECKING:
@@ -133,6 +135,7 @@ def fit(
         FloatingPointError: at the first NaN or infinity in loss or gradient, naming step, datum
             and site. The model keeps its last good weights.
     """
+    _check_kinds(model, objective, optimizer)
     objective = ELBO() if objective is None else objective
     if epochs is None and steps is None:
         epochs = 100
@@ -143,8 +146,8 @@ def fit(
         )
     counts = {"epochs": epochs, "steps": steps, "batch_size": batch_size, "patience": patience}
     for name, value in counts.items():
-        if value is not None and value < 1:
-            raise ValueError(f"`{name}` must be at least 1, got {value}.")
+        if value is not None:
+            check_count(name, value)
     place = resolve_device(device)
     run = Run(model, objective, model.columns(data).to(place), place, batch_size, clip_norm, seed)
     _check_objective(model, objective)
@@ -158,7 +161,7 @@ def fit(
     settings = run.settings(lr, optimizer, scheduler, patience, compiled)
     with fenced(seed, place):
         if folder is not None:
-            run.open(folder, settings, compiled_as_before=compile == "auto")
+            run.open(folder, settings, steps, compiled_as_before=compile == "auto")
         run.train(epochs, steps, patience, progress, settings)
     return Fit(model, history_table(run.history), settings, run.stopped, run.best_epoch)
 
@@ -172,12 +175,25 @@ def _is_long(run: Run, epochs: int | None, steps: int | None) -> bool:
     return min(planned, math.inf if steps is None else steps) >= LONG
 
 
-def _check_objective(model: Pair, objective: pyro.infer.ELBO) -> None:
-    if not isinstance(objective, pyro.infer.ELBO):
+def _check_kinds(model: Any, objective: Any, optimizer: Any) -> None:
+    if not isinstance(model, Pair):
+        raise TypeError(
+            f"`model` must be a LatentModel or a PyroPair, got {type(model).__name__}. Wrap Pyro "
+            "programs: pvae.PyroPair(vae.model, vae.guide)."
+        )
+    if objective is not None and not isinstance(objective, pyro.infer.ELBO):
         raise TypeError(
             f"`objective` must be an objective such as pvae.ELBO() or pyro.infer.Trace_ELBO(), got "
             f"{objective!r}."
         )
+    if not callable(optimizer) or isinstance(optimizer, PyroOptim):
+        raise TypeError(
+            "`optimizer` must be a torch.optim class, or a function of (parameters, lr=), such as "
+            f"torch.optim.Adam; got {optimizer!r}."
+        )
+
+
+def _check_objective(model: Pair, objective: pyro.infer.ELBO) -> None:
     sums = isinstance(objective, Objective | pyro.infer.TraceEnum_ELBO)
     if model.summed and not sums:
         raise ValueError(
@@ -220,6 +236,7 @@ def load(folder: str | os.PathLike[str], model: Pair | None = None) -> Fit:
         floats = [weight.dtype for weight in weights.values() if weight.is_floating_point()]
         model.to(floats[0] if floats else torch.get_default_dtype())
     state = checkpoint.unpack(meta["state"], training)
+    model.prepare(state["example"])
     weights = state["best"] or weights
     _check_weights(folder, model, weights)
     model.load_state_dict(weights, strict=False)
@@ -241,7 +258,7 @@ def _check_weights(
         f"The weights in {folder} do not fit {model.name!r}: missing {sorted(own.keys() - both)}, "
         f"unknown {sorted(read.keys() - both)}, of another shape "
         f"{sorted(name for name in both if own[name] != read[name])}. Build the model as it was "
-        "when it was fitted; a PyroPair has its parameters after `model.prepare(batch)`."
+        "when it was fitted."
     )
 
 

@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 
 from pvae import checkpoint
 from pvae.declare import LatentModel
+from pvae.failure import bad_datum_of_gradient, bad_parameters, bad_site, is_bad
 from pvae.fence import evaluating, fenced
 from pvae.lowering import CannotLower, Lowered
 from pvae.objectives import ELBO, Objective
@@ -54,11 +55,15 @@ class Run:
     ):
         self.model, self.data, self.device = model, data, device
         self.objective: Any = objective
+        # For the parts of the bound, and where one of Pyro's own objectives fails:
+        ours = isinstance(objective, Objective)
+        self._ours: Any = objective if ours else ELBO(objective.num_particles)
         self.batch_size = min(batch_size, len(data))
         self.clip_norm, self.seed = clip_norm, seed
         model.to(device)
         with torch.random.fork_rng():
             model.prepare(data.rows(slice(0, batch_size)))
+            self.example = data.rows(slice(0, 13))
         self.history: list[dict[str, Any]] = []
         self.step = 0
         self.best: tuple[float, int, dict[str, Tensor]] = (-math.inf, 0, {})
@@ -177,7 +182,7 @@ class Run:
         try:
             yield
         except FloatingPointError:
-            if any(_not_finite(p) for p in self.model.parameters()):
+            if any(is_bad(value) for value in checkpoint.module_tensors(self.model).values()):
                 self.model.load_state_dict(weights, strict=False)
             raise
 
@@ -196,17 +201,21 @@ class Run:
                 loss.backward()
         else:
             loss = self.objective.loss_and_grads(self.model.model, self.model.guide, batch)
-            parts = {"train": torch.as_tensor(-loss / len(index), dtype=torch.float64)}
+            # Pyro's objectives do not tell their parts.
+            with torch.random.fork_rng(), evaluating(self.model):
+                parts = self._parts(self.model, batch)
+            del parts["loss"]
+            parts["train"] = torch.as_tensor(-loss / len(index), dtype=torch.float64)
         self._check_finite(parts["train"], index, batch, random_state)
         scale = 1.0 if isinstance(self.objective, Objective) else 1 / len(index)
-        self._step_optimizer(scale, index)
+        self._step_optimizer(scale, index, batch, random_state)
         self.step += 1
         return parts
 
     def _parts(self, model: Pair, batch: Batch) -> dict[str, Tensor]:
         """The loss to differentiate, the objective and its parts: means over the batch."""
-        particles = model.draw(batch, self.objective.num_particles)
-        bound = self.objective.per_datum(particles).mean()
+        particles = model.draw(batch, self._ours.num_particles)
+        bound = self._ours.per_datum(particles).mean()
         with torch.no_grad():
             terms = {f"train {k}": v.detach().mean() for k, v in particles.terms().items()}
         return {"loss": -bound, "train": bound.detach(), **terms}
@@ -224,18 +233,24 @@ class Run:
         except CannotLower as error:
             warnings.warn(f"The fit runs without being compiled: {error}.", stacklevel=4)
 
-    def _step_optimizer(self, scale: float, index: Tensor) -> None:
+    def _step_optimizer(
+        self, scale: float, index: Tensor, batch: Batch, random_state: list[Tensor]
+    ) -> None:
         parameters = [p for p in self.model.parameters() if p.grad is not None]
         gradients = [p.grad for p in parameters if p.grad is not None]
         if scale != 1.0:
             torch._foreach_mul_(gradients, scale)
         norm = torch.nn.utils.get_total_norm(gradients)
         if not bool(norm.isfinite()):
-            bad = [n for n, p in self.model.named_parameters() if _not_finite(p.grad)]
+            what = bad_parameters(self.model)
+            _set_random_state(random_state, self.device)
+            where = bad_datum_of_gradient(
+                lambda one: self._parts(self.model, one)["loss"], batch, self.model, index
+            )
             raise FloatingPointError(
-                f"The gradient of {', '.join(bad) or 'the model'} is {float(norm)} at step "
-                f"{self.step + 1}, epoch {len(self.history) + 1} (data {_few(index)}). The model "
-                "keeps its last good weights. Lower `lr`, or set `clip_norm`."
+                f"The gradient of {what} is {float(norm)} at step {self.step + 1}, epoch "
+                f"{len(self.history) + 1}: first in {where}. The model keeps its last good "
+                "weights. Lower `lr`, set `clip_norm`, or look at that datum."
             )
         if self.clip_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(parameters, self.clip_norm, norm)
@@ -248,18 +263,26 @@ class Run:
             self.scheduler.step()
 
     def _validate(self) -> dict[str, float]:
-        """The bound and its parts on validation data, always with the same draws."""
+        """The objective and its parts on validation data, always with the same draws."""
         if self.validation is None:
             return {}
-        objective = self.objective
-        if not isinstance(objective, Objective):
-            objective = ELBO(objective.num_particles)
-        particles = objective.num_particles
         totals: dict[str, float] = {}
+        particles = self._ours.num_particles
         with evaluating(self.model), fenced(self.seed, self.device):
             for rows, _ in blocks(len(self.validation), particles, MAX_ROWS, MAX_ROWS):
-                drawn = self.model.draw(self.validation.rows(rows), particles)
-                sums = {"valid": objective.per_datum(drawn).sum()}
+                batch = self.validation.rows(rows)
+                drawn = self.model.draw(batch, particles)
+                sums = {"valid": self._ours.per_datum(drawn).sum()}
+                if self._ours is not self.objective:
+                    loss = self.objective.loss(self.model.model, self.model.guide, batch)
+                    sums["valid"] = -torch.as_tensor(loss, dtype=torch.float64)
+                if is_bad(sums["valid"]):
+                    where = bad_site(drawn, range(rows.start, rows.stop))
+                    raise FloatingPointError(
+                        f"The objective is {float(sums['valid'])} on validation data after epoch "
+                        f"{len(self.history) + 1}: first in {where} of these. The model keeps that "
+                        "epoch's weights. Lower `lr`, or look at that datum."
+                    )
                 sums |= {f"valid {k}": v.mean(0).sum() for k, v in drawn.terms().items()}
                 for name, total in sums.items():
                     totals[name] = totals.get(name, 0.0) + float(total)
@@ -272,16 +295,9 @@ class Run:
     ) -> None:
         if bool(bound.isfinite()):
             return
-        where = "no site when it was repeated"
         _set_random_state(random_state, self.device)
         with torch.no_grad():
-            particles = self.model.draw(batch, self.objective.num_particles)
-        for name, factor in {**particles.log_q, **particles.log_p}.items():
-            bad = ~factor.isfinite().all(0).reshape(-1, factor.shape[-1]).all(0)
-            if bool(bad.any()):
-                row = int(bad.nonzero()[0]) if len(bad) == len(index) else 0
-                where = f"site {name!r}, datum {int(index[row])}"
-                break
+            where = bad_site(self.model.draw(batch, self.objective.num_particles), index)
         raise FloatingPointError(
             f"The objective is {float(bound)} at step {self.step + 1}, epoch "
             f"{len(self.history) + 1}: first in {where}. The model keeps its last good weights. "
@@ -291,7 +307,11 @@ class Run:
     # ------------------------------------------------------------------ the run's folder
 
     def open(
-        self, folder: str | os.PathLike[str], settings: dict[str, Any], compiled_as_before: bool
+        self,
+        folder: str | os.PathLike[str],
+        settings: dict[str, Any],
+        steps: int | None,
+        compiled_as_before: bool,
     ) -> None:
         """Continue the run in the folder, or start one there."""
         self.folder = folder
@@ -319,8 +339,9 @@ class Run:
             raise ValueError(
                 f"{folder} holds another run ({found}). Choose another `folder`, or remove it."
             )
-        self.model.load_state_dict(weights, strict=False)
         state = checkpoint.unpack(meta["state"], training)
+        self._check_whole_epochs(folder, meta["stopped"], state["step"], steps)
+        self.model.load_state_dict(weights, strict=False)
         _restore_optimizer(self.optimizer, state["optimizer"])
         if self.scheduler is not None:
             self.scheduler.load_state_dict(state["scheduler"])
@@ -328,6 +349,18 @@ class Run:
         best = {key: value.to(self.device) for key, value in state["best"].items()}
         self.best = (state["best_valid"], state["best_epoch"], best)
         _set_random_state(state["random"], self.device)
+
+    def _check_whole_epochs(
+        self, folder: str | os.PathLike[str], stopped: str, step: int, steps: int | None
+    ) -> None:
+        """A run stopped within an epoch has no state to go on from to the same numbers."""
+        an_epoch = math.ceil(len(self.data) / self.batch_size)
+        goes_on = steps is None or steps > step
+        if stopped == "steps" and step % an_epoch and goes_on:
+            raise ValueError(
+                f"{folder} holds a run that ended within an epoch, after {step} steps of {an_epoch}"
+                " an epoch, and cannot go on to the same numbers. Choose another `folder`."
+            )
 
     def _save(self, settings: dict[str, Any]) -> None:
         if self.folder is None:
@@ -342,6 +375,7 @@ class Run:
             "best_valid": self.best[0],
             "best_epoch": self.best[1],
             "random": _random_state(self.device),
+            "example": self.example,  # from which `load` prepares a PyroPair
         }
         meta = {
             "declaration": declaration_of(self.model),
@@ -401,12 +435,3 @@ def title_of(objective: pyro.infer.ELBO) -> str:
 
 def _name_of(function: Callable[..., Any]) -> str:
     return getattr(function, "__qualname__", None) or repr(function)
-
-
-def _not_finite(gradient: Tensor | None) -> bool:
-    return gradient is not None and not bool(gradient.isfinite().all())
-
-
-def _few(index: Tensor) -> str:
-    shown = ", ".join(str(int(i)) for i in index[:5])
-    return shown + (", ..." if len(index) > 5 else "")

@@ -309,3 +309,26 @@ def test_progress_is_shown_where_it_is_asked_for(capsys):
     assert "valid=" in shown
     fit(gaussian(), all_at(3.0), epochs=3)
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"model": nn.Linear(2, 2)}, r"LatentModel or a PyroPair, got Linear\. Wrap Pyro programs"),
+        ({"objective": "iwae"}, r"`objective` must be an objective such as .*, got 'iwae'"),
+        ({"optimizer": "adam"}, r"`optimizer` must be a torch\.optim class, .* got 'adam'"),
+        (
+            {"optimizer": pyro.optim.Adam({"lr": 1e-3})},
+            r"must be a torch\.optim class, .* got <pyro",
+        ),
+        ({"batch_size": 2.5}, r"`batch_size` must be a whole number, got 2\.5"),
+        (
+            {"data": pvae.load_data(torch.rand(20, 5))},
+            r"are splits: pass one of them, such as `.train`",
+        ),
+    ],
+)
+def test_arguments_of_a_wrong_kind_are_refused(change, match):
+    arguments = {"model": pvae.models.ppca(5, 2), "data": torch.rand(10, 5)} | change
+    with pytest.raises(TypeError, match=match):
+        pvae.fit(**arguments, progress=False)

@@ -182,11 +182,28 @@ def test_a_summed_site_has_its_part_of_the_history():
     assert (kl > 0).all()
 
 
-def test_under_pyros_objectives_training_has_no_parts():
+def test_pyros_objectives_have_their_parts_and_are_validated_as_they_are():
+    """With RenyiELBO the validation bound is its own, above the ELBO that its parts add up to."""
     x = TRUTH.sample(20)
-    history = fit(ppca(), x, pyro.infer.Trace_ELBO(), epochs=1, validation=x).history
-    assert [name for name in history.columns if name.startswith("train")] == ["train"]
-    assert "valid KL[z]" in history.columns
+    objective = pyro.infer.RenyiELBO(alpha=0, num_particles=50, vectorize_particles=True)
+    row = fit(ppca(), x, objective, epochs=1, validation=x).history.iloc[0]
+    for split in ("train", "valid"):
+        elbo = row[f"{split} reconstruction[x]"] - row[f"{split} KL[z]"]
+        assert elbo < row[split]
+
+
+@pytest.mark.parametrize(
+    "objective", [pvae.ELBO(), pyro.infer.Trace_ELBO()], ids=["ours", "Pyro's"]
+)
+def test_validation_that_is_not_finite_stops_the_fit(objective):
+    x = torch.randn(20, 5)
+    bad = x.clone()
+    bad[4, 1] = 1e30  # finite, and its square is not
+    match = (
+        r"is -?(inf|nan) on validation data after epoch 1: first in site '[xz]', datum 4 of these"
+    )
+    with pytest.raises(FloatingPointError, match=match):
+        pvae.fit(pvae.models.ppca(5, 2), x, objective, validation=bad, epochs=2, progress=False)
 
 
 # ------------------------------------------------------------------------------ what goes wrong
@@ -283,8 +300,8 @@ def test_a_gradient_that_is_not_finite_names_its_parameter():
     data, model, good = marked(), poisoned("gradient"), poisoned("gradient")
     good.load_state_dict(model.state_dict())
     match = (
-        r"The gradient of guide_modules\.z\S*width is (nan|inf) at step \d+, epoch 1 "
-        r"\(data [\d, .]+\)\. The model keeps its last good weights\. Lower `lr`"
+        r"The gradient of guide_modules\.z\S*width \(site 'z'\) is (nan|inf) at step \d+, epoch 1: "
+        rf"first in datum {WHERE}\. The model keeps its last good weights\. Lower `lr`"
     )
     step = failing_step(model, data, pvae.ELBO(), match)
     fit(good, data, steps=step - 1, batch_size=10, seed=3)
