@@ -67,6 +67,11 @@ def compare(results: Mapping[str, Evaluation]) -> Comparison:
         ValueError: for no result, or results in different observation spaces or on different data,
             whose log-probabilities mean different things.
     """
+    if not isinstance(results, Mapping):
+        raise TypeError(
+            "`compare` takes evaluations by name, such as {'VAE': a, 'mixture': b}; got "
+            f"{type(results).__name__}."
+        )
     if not results:
         raise ValueError("`compare` needs at least one evaluation, by name.")
     for name, result in results.items():
@@ -110,6 +115,12 @@ def _check_same_data(results: Mapping[str, Evaluation]) -> None:
                 f"observation spaces, {one.spec.space()} against {other.spec.space()}. "
                 "Probabilities of bits and densities of grey levels are different quantities; "
                 "evaluate both on the same data."
+            )
+        if one.measure != other.measure:
+            raise ValueError(
+                f"{first!r} and {name!r} cannot be compared: p(x) is a {one.measure} under the one "
+                f"and a {other.measure} under the other, and the two have different units. Declare "
+                "observed sites that are both discrete, or both continuous."
             )
         if one.fingerprint != other.fingerprint:
             raise ValueError(

@@ -16,7 +16,7 @@ from pvae import bounds, exact
 from pvae.evaluation.result import Evaluation
 from pvae.fence import evaluating, fenced, resolve_device
 from pvae.pair import Columns, Pair, guide_mean
-from pvae.particles import Particles, weigh
+from pvae.particles import Particles, check_count, weigh
 
 __all__ = ["evaluate"]
 
@@ -60,8 +60,7 @@ def evaluate(
         FloatingPointError: where log p(x) comes out as NaN or infinite, naming the datum.
     """
     start = time.perf_counter()
-    if num_particles < 1:
-        raise ValueError(f"`num_particles` must be at least 1, got {num_particles}.")
+    check_count("num_particles", num_particles)
     sizes = _grid(grid, num_particles)
     place = resolve_device(device)
     columns = model.columns(data).realised()
@@ -75,8 +74,10 @@ def evaluate(
         closed = how in ("enumeration", "linear-Gaussian")
         known = exact.log_prob(model, data) if closed else None
         passes = _Passes(sizes)
-        if how != "enumeration":
-            with evaluating(model), fenced(seed, place):
+        with evaluating(model), fenced(seed, place):
+            if how == "enumeration":
+                passes.measure = _measure(model.draw(on_device.rows(slice(0, 1))))
+            else:
                 passes.run(model, on_device, num_particles, proposal, progress)
     finally:
         model.to(before)
@@ -85,6 +86,8 @@ def evaluate(
     return Evaluation(
         model=model.name,
         spec=columns.main.spec,
+        measure=passes.measure[0],
+        dimensions=passes.measure[1],
         fingerprint=columns.fingerprint(),
         num_particles=0 if how == "enumeration" else num_particles,
         proposal=proposal,
@@ -114,14 +117,24 @@ def _check_finite(model: Pair, per_datum: Any) -> None:
             )
 
 
+def _measure(particles: Particles) -> tuple[str, int]:
+    """Whether p(x) is a probability (x discrete) or a density, and how many numbers x has."""
+    supports: list[Any] = [particles.model_sites[name].support for name in particles.observed]
+    found = {support.is_discrete for support in supports}
+    kind = "both" if len(found) > 1 else "probability" if found == {True} else "density"
+    numbers = sum(particles.values[name].numel() for name in particles.observed)
+    return kind, numbers // particles.shape[1]
+
+
 class _Passes:
     """What is kept of the weights: a few numbers a datum, whatever K is."""
 
     def __init__(self, sizes: list[int]):
         self.sizes = sizes
+        self.measure = ("", 0)
         self.per_datum: list[dict[str, Tensor]] = []
         self.unit_kl: dict[str, list[Tensor]] = {}
-        self.unit_mean: dict[str, list[Tensor]] = {}
+        self.unit_means: dict[str, list[Tensor]] = {}
 
     def run(
         self, model: Pair, columns: Columns, num_particles: int, proposal: str, progress: bool
@@ -140,21 +153,24 @@ class _Passes:
         weights: list[Tensor] = []
         terms: dict[str, Tensor] = {}
         kl: dict[str, Tensor] = {}
-        mean: dict[str, Tensor] = {}
+        means: dict[str, Tensor] = {}
         averaged = 0
         for particles in passes:
             weights.append(particles.log_weights)
+            self.measure = self.measure if self.measure[1] else _measure(particles)
             if averaged < PART_PARTICLES:  # sums are kept, for particles are large
-                averaged += particles.shape[0]
                 _add(terms, particles.terms())
                 _add(kl, unit_kl(particles))
-                _add(mean, unit_mean(particles))
+                _add_halves(means, unit_mean(particles), averaged)
+                averaged += particles.shape[0]
         row = _bounds(torch.cat(weights), self.sizes)
         row |= {name: total / averaged for name, total in terms.items()}
         self.per_datum.append({name: value.cpu() for name, value in row.items()})
-        for kept, totals in ((self.unit_kl, kl), (self.unit_mean, mean)):
-            for name, total in totals.items():
-                kept.setdefault(name, []).append((total / averaged).cpu())
+        for name, total in kl.items():
+            self.unit_kl.setdefault(name, []).append((total / averaged).cpu())
+        sizes = torch.tensor([(averaged + 1) // 2, averaged // 2])
+        for name, halves in means.items():
+            self.unit_means.setdefault(name, []).append(halves.cpu() / _like(sizes, halves))
 
     def datasets(self, known: Tensor | None) -> tuple[Any, Any]:
         """Per datum and per unit, as xarray Datasets."""
@@ -171,11 +187,11 @@ class _Passes:
         for name, values in self.unit_kl.items():
             kl = torch.cat(values).double()
             units[f"KL[{name}]"] = (f"unit of {name}", kl.reshape(len(kl), -1).mean(0).numpy())
-        for name, values in self.unit_mean.items():
-            means = torch.cat(values).double()
-            means = means.reshape(len(means), -1)
-            if len(means) > 1:
-                units[f"activity[{name}]"] = (f"unit of {name}", means.var(0).numpy())
+        for name, values in self.unit_means.items():
+            halves = torch.cat(values, 1).double()
+            halves = halves.reshape(*halves.shape[:2], -1)
+            if halves.shape[1] > 1:
+                units[f"activity[{name}]"] = (f"unit of {name}", _covariance(*halves).numpy())
         return xr.Dataset(columns, coords), xr.Dataset(units)
 
 
@@ -193,6 +209,26 @@ def _add(totals: dict[str, Any], values: dict[str, Tensor]) -> None:
     """Add the sums over particles (dimension 0)."""
     for name, value in values.items():
         totals[name] = totals.get(name, 0.0) + value.sum(0)
+
+
+def _add_halves(totals: dict[str, Any], values: dict[str, Tensor], before: int) -> None:
+    """Add the sums over every other particle, (2, n, *event): two independent means of each."""
+    for name, value in values.items():
+        first, second = value[before % 2 :: 2].sum(0), value[1 - before % 2 :: 2].sum(0)
+        totals[name] = totals.get(name, 0.0) + torch.stack([first, second])
+
+
+def _like(sizes: Tensor, halves: Tensor) -> Tensor:
+    return sizes.reshape(-1, *[1] * (halves.dim() - 1))
+
+
+def _covariance(first: Tensor, second: Tensor) -> Tensor:
+    """Covariance over data of two independent estimates of E_q[u], in which their noise cancels.
+
+    A single particle has no second half (NaN): then the variance, noise and all.
+    """
+    second = first if bool(second.isnan().any()) else second
+    return ((first - first.mean(0)) * (second - second.mean(0))).sum(0) / (len(first) - 1)
 
 
 def unit_kl(particles: Particles) -> dict[str, Tensor]:

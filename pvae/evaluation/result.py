@@ -21,6 +21,8 @@ class Evaluation:
     Args:
         model: name of the model.
         spec: what the data are.
+        measure: what p(x) is: "probability" of discrete x, "density" of continuous x, or "both".
+        dimensions: numbers in one x, of all observed sites together.
         fingerprint: of the data's values; results are paired only where it is equal.
         num_particles: K; 0 where every latent is summed out and nothing is drawn.
         proposal: "guide" or "prior".
@@ -34,6 +36,8 @@ class Evaluation:
 
     model: str
     spec: DataSpec
+    measure: str
+    dimensions: int
     fingerprint: str
     num_particles: int
     proposal: str
@@ -85,15 +89,19 @@ class Evaluation:
         """
         import pandas as pd
 
-        rows = [*self._bound_rows(bits), *self._diagnostic_rows(), *self._part_rows()]
+        unit = "bits per dimension" if bits else "nats per datum"
+        factor = 1 / (math.log(2) * self.dimensions) if bits else 1.0
+        rows = [
+            *self._bound_rows(factor, unit),
+            *self._diagnostic_rows(),
+            *self._part_rows(factor, unit),
+        ]
         columns = ["", "value", "se (data)", "se (draws)", "unit", "what it is"]
         table = pd.DataFrame(rows, columns=columns).set_index("")
         table.attrs["data"] = self.spec.space()
         return table
 
-    def _bound_rows(self, bits: bool) -> list[tuple[Any, ...]]:
-        unit = "bits per dimension" if bits else "nats per datum"
-        factor = 1 / (math.log(2) * math.prod(self.spec.event_shape)) if bits else 1.0
+    def _bound_rows(self, factor: float, unit: str) -> list[tuple[Any, ...]]:
         rows = []
         if "bound" in self.per_datum:
             for size in self.per_datum.particles.values:
@@ -123,12 +131,20 @@ class Evaluation:
             *rows,
         ]
 
-    def _part_rows(self) -> list[tuple[Any, ...]]:
+    def _part_rows(self, factor: float, unit: str) -> list[tuple[Any, ...]]:
         rows: list[tuple[Any, ...]] = []
         for name in self.per_datum.data_vars:
             if str(name).startswith(("KL[", "reconstruction[")):
                 mean, se = mean_and_error(self.per_datum[name])
-                rows.append((name, mean, se, math.nan, "nats per datum", "part of the ELBO"))
+                row = (
+                    name,
+                    factor * mean,
+                    factor * se,
+                    math.nan,
+                    unit,
+                    "part of the ELBO, few draws",
+                )
+                rows.append(row)
         for name, active in self.active_units.items():
             total = self.per_unit[f"activity[{name}]"].size
             what = f"of {total}: variance over data of E_q[{name} | x] > 0.01"
@@ -158,7 +174,7 @@ class Evaluation:
                 f"{said}; k-hat is too high for {100 * self.failing:.0f} % of the data, where log "
                 "p(x) may lie well above."
             )
-        return f"{said}; k-hat is good everywhere, so it is close to log p(x)."
+        return f"{said}; k-hat raises no doubt of the draws for any datum."
 
     def __repr__(self) -> str:
         table = self.summary().to_string(float_format="{:.3f}".format, na_rep="")

@@ -37,6 +37,8 @@ def evaluation(per_datum: xr.Dataset, num_particles: int, **changes) -> Evaluati
     fields = {
         "model": "model",
         "spec": SPEC,
+        "measure": "probability",
+        "dimensions": 4,
         "fingerprint": "of X",
         "num_particles": num_particles,
         "proposal": "guide",
@@ -178,3 +180,21 @@ def test_what_is_no_evaluation_is_refused():
         compare({})
     with pytest.raises(TypeError, match="takes what `evaluate` returns; 'A' is float"):
         compare({"A": -90.0})
+
+
+def test_a_probability_and_a_density_of_the_same_bits_are_refused():
+    """A Normal around bits has a density as large as its scale is small."""
+    bits = torch.rand(30, 6).round()
+    kinds = {
+        "a": pvae.models.mixture_of_bernoullis(6, 2),
+        "b": pvae.models.mixture_of_gaussians(6, 2),
+    }
+    results = {name: pvae.evaluate(model, bits) for name, model in kinds.items()}
+    match = r"p\(x\) is a probability under the one and a density under the other"
+    with pytest.raises(ValueError, match=match):
+        compare(results)
+
+
+def test_results_without_names_are_refused():
+    with pytest.raises(TypeError, match=r"takes evaluations by name, .* got list"):
+        compare([exact(1.0, 2.0)])

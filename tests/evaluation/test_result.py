@@ -3,6 +3,8 @@
 import math
 
 import numpy as np
+import torch
+from pyro.distributions import Bernoulli, Normal
 
 import pvae
 from tests.exact import LinearGaussian
@@ -102,7 +104,27 @@ def test_bits_per_dimension_are_nats_over_log_two_and_the_dimensions():
     columns = ["value", "se (data)", "se (draws)"]
     expected = nats.loc[rows, columns].astype(float) / (5 * math.log(2))
     np.testing.assert_allclose(bits.loc[rows, columns].astype(float), expected)
-    assert bits.loc["KL[z]"].equals(nats.loc["KL[z]"])  # in nats, and its unit says so
+    kl = float(nats.loc["KL[z]", "value"]) / (5 * math.log(2))
+    np.testing.assert_allclose(float(bits.loc["KL[z]", "value"]), kl)
+    assert bits.loc["KL[z]", "unit"] == "bits per dimension"
+
+
+def test_dimensions_are_of_what_is_observed_whatever_the_order_of_columns():
+    x, y = torch.rand(20, 6).round(), torch.randn(20, 3)
+    model = pvae.LatentModel(
+        y=pvae.Given(3),
+        z=pvae.Latent(Normal, 2),
+        x=pvae.Observed(Bernoulli, 6, given=("z", "y"), net=pvae.nets.MLP(4)),
+        s=pvae.Observed(Normal, given="z", net=pvae.nets.Linear()),
+    )
+    columns = {"y": y, "s": torch.randn(20), "x": x}
+    results = [
+        pvae.evaluate(model, {name: columns[name] for name in order}, num_particles=30)
+        for order in (("y", "s", "x"), ("x", "y", "s"))
+    ]
+    assert [result.dimensions for result in results] == [7, 7]
+    assert results[0].fingerprint == results[1].fingerprint
+    assert results[0].measure == "both"
 
 
 def test_the_verdict_tells_where_importance_sampling_fails():
