@@ -27,7 +27,7 @@ COMMAND = "command.json"
 
 
 class Commands(TyperGroup):
-    """Commands whose foreseen errors end in one message and exit code 1."""
+    """Commands whose errors end in one message and exit code 1."""
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command."""
@@ -37,11 +37,19 @@ class Commands(TyperGroup):
             typer.echo("\npvae: interrupted.", err=True)
         except BrokenPipeError:
             raise  # `pvae models | head`: typer ends in silence
-        except (ValueError, TypeError, OSError, FloatingPointError) as error:
-            if ctx.params["debug"]:
+        except Exception as error:
+            # Exits and wrong usage are typer's (or, in older versions, click's) to report.
+            if type(error).__module__.startswith(("typer", "click")) or ctx.params["debug"]:
                 raise
-            typer.echo(f"pvae: {error}", err=True)
+            typer.echo(f"pvae: {_message(error)}", err=True)
         raise typer.Exit(1)
+
+
+def _message(error: Exception) -> str:
+    """pvae's own messages as they are; others, from a user's file say, with their kind."""
+    if isinstance(error, ValueError | TypeError | OSError | FloatingPointError):
+        return str(error)
+    return f"{type(error).__name__}: {error}. `pvae --debug` shows where."
 
 
 app = typer.Typer(

@@ -18,6 +18,7 @@ from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from graphlib import CycleError, TopologicalSorter
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import pyro
@@ -27,9 +28,9 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from pvae import declaration
-from pvae.fence import evaluating
+from pvae.fence import module_device
 from pvae.nets import MLP, Input, Net
-from pvae.pair import Batch, Columns, Pair, announce, check_draws
+from pvae.pair import Batch, Columns, Pair, announce
 from pvae.sites import Given, Latent, Learned, Observed, Predicted, Site, SiteModule, as_shape
 
 __all__ = ["Given", "Latent", "LatentModel", "Learned", "Observed", "Predicted"]
@@ -233,7 +234,10 @@ class LatentModel(Pair):
         """Values of the `Given` sites alone, or as many rows of nothing."""
         if isinstance(given, Tensor):
             given = dict.fromkeys(self.given[:1], given)
-        values = {name: torch.as_tensor(value) for name, value in (given or {}).items()}
+        device = module_device(self)
+        values = {
+            name: torch.as_tensor(value, device=device) for name, value in (given or {}).items()
+        }
         if set(values) != set(self.given):
             raise ValueError(
                 f"{self.name!r} is conditioned on {', '.join(self.given) or 'nothing'}: pass these "
@@ -247,12 +251,8 @@ class LatentModel(Pair):
                 )
         return values
 
-    def prior_predictive(self, num_samples: int, given: Batch | None = None) -> dict[str, Tensor]:
-        """Draw from p(z) p(x | z); see `Pair.prior_predictive`."""
-        check_draws(num_samples)
-        with evaluating(self):
-            values = self.model(self.blank(num_samples, given), num_samples)
-        return {name: value for name, value in values.items() if name not in self.given}
+    def _to_draw(self, num_data: int, given: Batch | None) -> tuple[Any, ...]:
+        return self.blank(num_data, given), num_data
 
     # ---------------------------------------------------------------- data
 
@@ -269,6 +269,7 @@ class LatentModel(Pair):
                     f"{self.name!r} needs data for {', '.join(names)}, got "
                     f"{', '.join(data) or 'nothing'}."
                 )
+            data = {name: data[name] for name in names}  # what is observed names the run's data
         elif len(names) > 1:
             raise ValueError(
                 f"{self.name!r} needs several columns of data: pass a dictionary with "
@@ -343,19 +344,24 @@ class LatentModel(Pair):
             RuntimeError: if Graphviz is not installed.
         """
         example = {
-            name: torch.zeros(2, *self.inputs[name].shape) for name in self.observed + self.given
+            name: torch.zeros(2, *self.inputs[name].shape, device=module_device(self))
+            for name in self.observed + self.given
         }
         try:
             with pyro.validation_enabled(False):
-                return pyro.render_model(
-                    self.model, model_args=(example,), filename=filename, render_distributions=True
+                graph = pyro.render_model(
+                    self.model, model_args=(example,), render_distributions=True
                 )
+            if filename is not None:  # Graphviz would leave a file without a suffix beside it
+                path = Path(filename)
+                path.write_bytes(graph.pipe(format=path.suffix[1:] or "pdf"))
         except Exception as error:
             if type(error).__name__ in ("ImportError", "ModuleNotFoundError", "ExecutableNotFound"):
                 raise RuntimeError(
                     "Drawing needs Graphviz: `pip install graphviz`, and the system's `dot`."
                 ) from error
             raise
+        return graph
 
 
 def _parents(site: AnySite) -> tuple[str, ...]:
@@ -415,7 +421,7 @@ def _check_support(name: str, site: AnySite, support: Any, values: Tensor, start
     row = int((~inside.reshape(len(values), -1).all(1)).nonzero()[0])
     title = site.title if isinstance(site, Site) else "Given"
     grey = ""
-    if title == "Bernoulli" and 0 <= values.min() and values.max() <= 1:
+    if title == "Bernoulli" and 0 <= values.min() and values.max() <= 255:
         grey = (
             " These look like grey levels, under which a Bernoulli has no log-probability: "
             "binarise them (`load_data(..., binarisation='dynamic')`), declare a density (Normal, "

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from pvae import bounds
-from pvae.particles import Particles, Plates, draw, find_plates
+from pvae.particles import Particles, Plates, check_count, draw, find_plates
 
 __all__ = ["ELBO", "IWAE", "Objective"]
 
@@ -32,8 +32,7 @@ class Objective(pyro.infer.ELBO):
     """
 
     def __init__(self, num_particles: int = 1):
-        if num_particles < 1:
-            raise ValueError(f"`num_particles` must be at least 1, got {num_particles}.")
+        check_count("num_particles", num_particles)
         super().__init__(num_particles=num_particles)
         self._found: tuple[Any, Any, Plates] | None = None
 

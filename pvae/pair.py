@@ -20,9 +20,9 @@ from torch.distributions import Distribution, constraints
 
 from pvae.data import Data
 from pvae.fence import evaluating, module_device
-from pvae.particles import Particles, Plates, draw
+from pvae.particles import Particles, Plates, check_count, draw
 
-__all__ = ["Batch", "Columns", "Pair", "announce", "check_draws"]
+__all__ = ["Batch", "Columns", "Pair", "announce"]
 
 Batch = Tensor | Mapping[str, Tensor]
 
@@ -112,8 +112,16 @@ class Pair(nn.Module):
         return Columns(data)
 
     def blank(self, num_data: int, given: Batch | None) -> Any:
-        """What `model` takes to draw `num_data` data of its own."""
+        """A batch without data, from which `model` can draw `num_data` of its own."""
         raise NotImplementedError
+
+    def _to_draw(self, num_data: int, given: Batch | None) -> tuple[Any, ...]:
+        return (self.blank(num_data, given),)
+
+    @property
+    def observed(self) -> list[str]:
+        """Names of the observed sites, where a declaration tells them."""
+        return []
 
     def draw(self, batch: Batch, num_particles: int = 1, proposal: str = "guide") -> Particles:
         """Draw and weigh particles for a batch; differentiable. See `particles.draw`.
@@ -160,10 +168,10 @@ class Pair(nn.Module):
         Raises:
             ValueError: for S below 1, or `given` missing or with another number of rows.
         """
-        check_draws(num_samples)
+        check_count("num_samples", num_samples)
         with evaluating(self):
             program = poutine.uncondition(self.model)
-            trace = poutine.trace(program).get_trace(self.blank(num_samples, given))
+            trace = poutine.trace(program).get_trace(*self._to_draw(num_samples, given))
         sites: Any = {name: trace.nodes[name] for name in trace.stochastic_nodes}
         sites |= {name: trace.nodes[name] for name in trace.observation_nodes}
         return {
@@ -185,7 +193,7 @@ class Pair(nn.Module):
         Raises:
             ValueError: for S below 1, or data that do not fit the model.
         """
-        check_draws(num_samples)
+        check_count("num_samples", num_samples)
         batch = self._whole(data)
         with evaluating(self), pyro.validation_enabled(False):
             return self.draw(batch, num_samples).posterior_values()
@@ -219,6 +227,27 @@ class Pair(nn.Module):
         batch = self._whole(data)
         values = self.posterior(data, num_samples)
         return {name: _average(means) for name, means in self._decode(batch, values).items()}
+
+    def decode(self, values: Mapping[str, Tensor], given: Batch | None = None) -> dict[str, Tensor]:
+        """Mean of p(x | z) at latents of your choosing, such as a grid over two dimensions.
+
+        Args:
+            values: for each latent (S, *event); latents left out are drawn from the prior.
+            given: values of the sites that are conditioned on, if the model has any, (S, *event).
+
+        Returns:
+            For each observed site the mean (S, *event); for a site without one, its mode.
+        """
+        size = len(next(iter(values.values())))
+        with evaluating(self), pyro.validation_enabled(False):
+            program = poutine.condition(poutine.uncondition(self.model), dict(values))
+            trace = poutine.trace(program).get_trace(*self._to_draw(size, given))
+        sites: Any = {name: trace.nodes[name] for name in trace.stochastic_nodes}
+        return {
+            name: _centre(site["fn"])
+            for name, site in sites.items()
+            if site["infer"].get("was_observed") or name in self.observed
+        }
 
     def interpolate(self, start: Any, end: Any, steps: int = 10) -> dict[str, Tensor]:
         """Decode points on the line between the codes of two data, or of two batches pairwise.
@@ -295,12 +324,6 @@ def announce(prefix: str, module: nn.Module) -> None:
 @effectful(type="param")
 def _announced(value: Tensor, constraint: constraints.Constraint = constraints.real) -> Tensor:
     return value
-
-
-def check_draws(num_samples: int) -> None:
-    """Raise ValueError for fewer than one draw."""
-    if num_samples < 1:
-        raise ValueError(f"`num_samples` must be at least 1, got {num_samples}.")
 
 
 def _line(start: Tensor, end: Tensor, t: Tensor) -> Tensor:

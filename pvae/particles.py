@@ -232,6 +232,14 @@ def _check_dims(site: Any, plate_dims: set[int]) -> None:
         )
 
 
+def check_count(name: str, value: Any) -> None:
+    """Raise unless a number of particles, steps or draws is a whole number above zero."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"`{name}` must be a whole number, got {value!r}.")
+    if value < 1:
+        raise ValueError(f"`{name}` must be at least 1, got {value}.")
+
+
 def draw(
     model: Program,
     guide: Program,
@@ -261,8 +269,7 @@ def draw(
         ValueError: for a latent neither guided nor summable, or data without a plate.
     """
     kwargs = kwargs or {}
-    if num_particles < 1:
-        raise ValueError(f"`num_particles` must be at least 1, got {num_particles}.")
+    check_count("num_particles", num_particles)
     plates = plates or find_plates(model, guide, args, kwargs)
     if not vectorize:
         single = [_draw(model, guide, args, kwargs, None, plates) for _ in range(num_particles)]

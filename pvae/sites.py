@@ -135,6 +135,10 @@ class Site:
                 hint = f" Did you mean {near[0]!r}?" if near else ""
                 raise TypeError(f"{distribution.__name__} has no parameter {name!r}.{hint}")
         own = (given,) if isinstance(given, str) else tuple(given)
+        if inspect.isclass(net):
+            raise TypeError(
+                f"`net` is the class {net.__name__}: give it sizes, as in MLP(200, 200)."
+            )
         if net is not None and not own:
             raise ValueError(f"A net needs parents: give {distribution.__name__} `given=` as well.")
         if own and net is None and not any(isinstance(p, Predicted) for p in parameters.values()):

@@ -291,7 +291,11 @@ def test_grey_levels_under_a_bernoulli_are_an_error_unless_asked_for():
 @pytest.mark.parametrize(
     ("site", "data", "message"),
     [
-        (Observed(dist.Bernoulli, 2), [[0.0, 2.0]], r"Datum 0 .* run from 0 to 2\.$"),
+        (
+            Observed(dist.Bernoulli, 2),
+            [[0.0, 2.0]],
+            r"Datum 0 .* run from 0 to 2\. These look like grey",
+        ),
         (Observed(dist.Poisson, 2), [[1.0, 2], [1, 0.5]], r"Datum 1 .* \(Poisson\)"),
         (Observed(dist.Gamma, 2), [[1.0, -2.0]], r"Datum 0 .* \(Gamma\).* from -2 to 1\.$"),
         (Observed(dist.Beta, 2), [[0.5, 1.5]], r"Datum 0 .* \(Beta\)"),

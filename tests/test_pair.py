@@ -301,3 +301,12 @@ def test_columns_are_known_by_their_content():
 def test_columns_that_are_no_data_say_so(data, message):
     with pytest.raises(ValueError, match=message):
         Columns(data)
+
+
+def test_decode_gives_the_means_at_latents_of_ones_choosing():
+    model = LatentModel(
+        z=Latent(dist.Normal, 2), x=Observed(dist.Normal, 5, given="z", net=Linear(), scale=0.1)
+    )
+    grid = torch.cartesian_prod(torch.linspace(-2, 2, 3), torch.linspace(-2, 2, 3))
+    weight, bias = model.module_of("x").nets.parameters()
+    torch.testing.assert_close(model.decode({"z": grid})["x"], (grid @ weight.T + bias).detach())

@@ -64,6 +64,8 @@ class Data(Dataset[Tensor]):
         """
         if isinstance(data, Data):
             return data
+        if hasattr(data, "train"):
+            raise TypeError(f"Data {name!r} are splits: pass one of them, such as `.train`.")
         values = _real_tensor(data, name)
         spec = DataSpec(
             name=name,
