@@ -352,6 +352,8 @@ def _declare(model: str, settings: list[str], splits: "Splits") -> Any:
         raise TypeError(
             f"Model {model!r} must return a LatentModel or a PyroPair, got {declared!r}."
         )
+    if declared.name == Pair.name:  # its author gave none
+        declared.name = function.__name__
     return declared
 
 

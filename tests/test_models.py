@@ -141,7 +141,9 @@ def test_bounds_are_ordered_and_below_what_is_exact(model, data):
         mean = result["bound"].mean("datum")
         assert bool((mean.diff("particles") > 0).all())
         if "exact" in result:
-            assert float(mean.isel(particles=-1)) < float(result["exact"].mean()) + 0.5
+            gap = (result["exact"] - result["bound"]).isel(particles=-1).sum()
+            error = (result["bound_se"].isel(particles=-1) ** 2).sum() ** 0.5
+            assert float(gap) > -4.5 * float(error)
     else:
         weights = pvae.log_weights(model, data, num_particles=1)
         torch.testing.assert_close(
