@@ -40,12 +40,14 @@ def evaluate(
     One matrix of weights serves the whole grid: L_k is averaged over its disjoint blocks of k rows.
     Where log p(x) is exact in closed form (`exact.method` "enumeration" or "linear-Gaussian") it is
     reported beside the bounds; where every latent is summed out, instead of them. The model is left
-    as it was, and so is the caller's random state.
+    as it was, and so is the caller's random state. Quadrature takes longer than bounds do, and is
+    left to `exact.log_prob`.
 
     Args:
         model: `LatentModel` or `PyroPair`.
         data: (N, *event), or columns by name; noise of a training split is drawn once.
-        num_particles: K, drawn exactly, in memory that does not grow with it.
+        num_particles: K, drawn exactly, in memory that does not grow with it up to four million,
+            the weights of a single datum that are held at once.
         grid: sizes k <= K of the bounds; 1, 5, 50, ... and K where left out.
         proposal: "guide", or "prior" for naive Monte Carlo, whose k-hat says why not.
         seed: of the draws.
