@@ -93,6 +93,14 @@ class Data(Dataset[Tensor]):
         """
         return self._observed(self.values[index])
 
+    def subset(self, index: slice | Tensor) -> "Data":
+        """Some of the data, with their labels and specification: `digits.test.subset(slice(100))`.
+
+        An index gives bare values (`digits.test[:100]`), which do not tell what they are.
+        """
+        labels = None if self.labels is None else self.labels[index]
+        return replace(self, values=self.values[index], labels=labels)
+
     def _observed(self, values: Tensor) -> Tensor:
         return observe(values, torch.rand_like(values), self.spec) if self.resampled else values
 

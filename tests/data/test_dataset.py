@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from pvae.data import Data, DataSpec
+from pvae.data import Data, DataSpec, load_data
 from pvae.data.dataset import observe
 
 LEVELS = torch.arange(17.0) / 16
@@ -199,3 +199,15 @@ def test_printing_says_what_it_is_and_not_each_value(binary):
         "Data(train, (2000, 17): grey, binary (Bernoulli draws of grey levels, seed 0), "
         "17 dimensions, drawn anew for each batch)"
     )
+
+
+def test_a_subset_keeps_labels_and_specification():
+    test = load_data("digits").test
+    for index in (slice(10, 20), torch.arange(10, 20)):
+        some = test.subset(index)
+        assert torch.equal(some.values, test.values[10:20])
+        assert torch.equal(some.labels, test.labels[10:20])
+        assert some.spec == test.spec
+    assert some.fingerprint() != test.fingerprint()
+    with pytest.raises(ValueError, match="with N >= 1"):
+        test.subset(slice(0))
