@@ -279,3 +279,8 @@ def test_a_process_fails_with_a_message_and_no_traceback():
     assert result.stdout == ""
     (line,) = result.stderr.splitlines()
     assert line.startswith("pvae: There is no model 'vea'.")
+
+
+def test_an_error_of_the_users_own_function_is_one_message_with_its_kind():
+    Path("broken.py").write_text("def broken(data_size):\n    return {}['missing']\n")
+    assert "KeyError: 'missing'. `pvae --debug` shows where." in fails("fit broken.py --folder run")

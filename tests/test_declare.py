@@ -1,3 +1,5 @@
+import shutil
+
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -445,3 +447,11 @@ def test_a_declaration_that_cannot_be_says_why(sites, message):
 def test_what_is_no_site_says_so(sites, message):
     with pytest.raises(TypeError, match=message):
         LatentModel(**sites)
+
+
+@pytest.mark.skipif(shutil.which("dot") is None, reason="needs the program `dot` of Graphviz")
+def test_a_drawing_is_written_beside_a_folder_of_the_same_name(tmp_path):
+    (tmp_path / "vae").mkdir()
+    pvae.models.vae(6, 2, (4,)).render(str(tmp_path / "vae.svg"))
+    assert "<svg" in (tmp_path / "vae.svg").read_text()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["vae", "vae.svg"]

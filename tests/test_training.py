@@ -325,3 +325,23 @@ def test_weights_that_a_step_made_overflow_are_put_back_to_the_epochs_first():
         pvae.fit(model, x, lr=1e45, optimizer=torch.optim.SGD, batch_size=5, progress=False)
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name])
+
+
+def test_buffers_that_a_failed_step_spoilt_are_put_back_as_well():
+    class Spoilt(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.out = nn.BatchNorm1d(2), nn.Linear(2, 5)
+
+        def forward(self, z: Tensor) -> Tensor:
+            h = self.norm(z.reshape(-1, 2) * torch.nan)
+            return self.out(h.reshape(z.shape))
+
+    guide = {"z": Latent(Normal, 2, given="x", net=MLP(4))}
+    x = Observed(Normal, 5, given="z", net=Spoilt(), scale=1.0)
+    model = LatentModel(z=Latent(Normal, 2), x=x, guide=guide)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(FloatingPointError, match="first in site 'x'"):
+        pvae.fit(model, torch.randn(20, 5), progress=False)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
