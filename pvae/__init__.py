@@ -6,7 +6,7 @@ from pvae.data import Data, DataSpec, load_data
 from pvae.declare import Given, Latent, LatentModel, Learned, Observed, Predicted
 from pvae.evaluation import Comparison, Evaluation, compare, evaluate
 from pvae.objectives import ELBO, IWAE
-from pvae.particles import log_weights
+from pvae.passes import log_weights
 from pvae.pyro_pair import PyroPair
 from pvae.svi import Fit, fit, load
 

@@ -9,6 +9,7 @@ eq. 4); Dieng et al. 2017 (CUBO, eq. 5); Vehtari, Simpson, Gelman, Yao & Gabry 2
 """
 
 import math
+from typing import Any
 
 import numpy as np
 import torch
@@ -73,6 +74,8 @@ def iwae(log_weights: Tensor, num_particles: int | None = None) -> Tensor:
         ValueError: if k is not in 1..K.
     """
     blocks = _blocks(log_weights, num_particles)
+    if blocks.shape[1] == 1:
+        return blocks.mean((0, 1))
     return (blocks.logsumexp(1) - math.log(blocks.shape[1])).mean(0)
 
 
@@ -91,14 +94,17 @@ def iwae_standard_error(log_weights: Tensor, num_particles: int | None = None) -
     """
     blocks = _blocks(log_weights, num_particles)
     if len(blocks) > 1:
-        values = blocks.logsumexp(1)
-        return values.std(0) / math.sqrt(len(blocks))
+        values = blocks[:, 0] if blocks.shape[1] == 1 else blocks.logsumexp(1)
+        return _std(values) / math.sqrt(len(blocks))
     relative = (blocks[0] - blocks[0].logsumexp(0) + math.log(blocks.shape[1])).exp()
     return (
-        relative.std(0) / math.sqrt(blocks.shape[1])
-        if len(relative) > 1
-        else relative[0] * math.nan
+        _std(relative) / math.sqrt(blocks.shape[1]) if len(relative) > 1 else relative[0] * math.nan
     )
+
+
+def _std(values: Tensor) -> Tensor:
+    """Over rows; on a CPU several times faster than torch's own along this dimension."""
+    return ((values - values.mean(0)).square().sum(0) / (len(values) - 1)).sqrt()
 
 
 def renyi(log_weights: Tensor, alpha: float, num_particles: int | None = None) -> Tensor:
@@ -175,25 +181,40 @@ def pareto_khat(log_weights: Tensor) -> Tensor:
     """
     from arviz_stats.base import array_stats
 
-    values = _check(log_weights).detach().to("cpu", torch.float64).numpy()
-    khat = np.full(values.shape[1], math.nan)
-    if len(values) >= FEWEST_DRAWS:
+    values = _check(log_weights).detach().cpu().T.contiguous().numpy()
+    khat = np.full(len(values), math.nan)
+    num_draws = values.shape[1]
+    if num_draws >= FEWEST_DRAWS:
+        some = np.isfinite(values).any(1)
         # Weights of zero say nothing about the upper tail, but ArviZ needs finite numbers.
-        values = np.maximum(values, np.finfo(np.float64).min / 4)
-        tail = math.ceil(min(len(values) / 5, 3 * math.sqrt(len(values)))) + 1
-        largest = np.partition(values, len(values) - tail, axis=0)[-tail:]
-        spread = largest.max(0) - largest.min(0)
-        rounding = 64 * torch.finfo(log_weights.dtype).eps * np.maximum(1, np.abs(largest).max(0))
-        some = log_weights.isfinite().any(0).cpu().numpy()
+        values, r_eff = _top(np.maximum(values, np.finfo(np.float32).min / 4))
+        tail = math.ceil(min(num_draws / 5, 3 * math.sqrt(num_draws))) + 1
+        largest = np.partition(values, values.shape[1] - tail)[:, -tail:]
+        spread = largest.max(1) - largest.min(1)
+        rounding = 64 * torch.finfo(log_weights.dtype).eps * np.maximum(1, np.abs(largest).max(1))
         # Below the range of a float ArviZ's fit fails without a word, and leaves its prior, which
         # looks good: k-hat 0.05 for 1,000 particles of which one has all the weight.
-        quartile = np.partition(largest, tail // 4, axis=0)[tail // 4]
-        beyond = largest.max(0) - quartile > 600
+        quartile = np.partition(largest, tail // 4)[:, tail // 4]
+        beyond = largest.max(1) - quartile > 600
         khat[beyond & some] = math.inf
         fits = (spread > rounding) & some & ~beyond
         khat[(spread <= rounding) & some] = 0.0
         if fits.any():
-            # psislw takes log-likelihoods, and negates them: so it must be given -log w.
-            with np.errstate(over="ignore"):  # in the smoothed weights, which are not used
-                khat[fits] = array_stats.psislw(-values[:, fits], axis=0)[1]
+            weights = np.exp(values[fits] - values[fits].max(1, keepdims=True))
+            khat[fits] = array_stats.pareto_khat(
+                weights, chain_axis=None, draw_axis=1, r_eff=r_eff, tail="right"
+            )
     return torch.as_tensor(khat)
+
+
+def _top(values: Any) -> tuple[Any, float]:
+    """The largest of each row, (N, K) -> (N, k), and the r_eff that has ArviZ take the same tail.
+
+    It takes the largest 3 sqrt(K) of K > 225 draws, but a fifth of 225 / r_eff or fewer.
+    """
+    num_draws = values.shape[1]
+    top = 5 * math.floor(3 * math.sqrt(num_draws))
+    if not 225 < top < num_draws:
+        return values.astype(np.float64), 1.0
+    largest = np.partition(values, num_draws - top)[:, -top:]
+    return largest.astype(np.float64), 225 / top

@@ -21,7 +21,8 @@ from pvae.declare import LatentModel
 from pvae.fence import evaluating, fenced, module_device
 from pvae.nets import Linear
 from pvae.pair import Batch, Columns, Pair
-from pvae.particles import blocks, draw
+from pvae.particles import draw
+from pvae.passes import blocks
 from pvae.sites import Predicted, SiteModule
 
 __all__ = ["Intractable", "linear_gaussian", "log_prob", "method", "posterior", "quadrature"]

@@ -47,9 +47,10 @@ def bad_datum_of_gradient(
     return "no single datum when each was repeated"
 
 
-def bad_parameters(module: nn.Module) -> str:
-    """Names of the parameters with a bad gradient, and of the sites they belong to."""
-    names = [name for name, p in module.named_parameters() if is_bad(p.grad)]
+def bad_parameters(module: nn.Module, gradients: Sequence[Tensor | None]) -> str:
+    """Names of the parameters whose gradient is bad, and of the sites they belong to."""
+    trained = [name for name, p in module.named_parameters() if p.requires_grad]
+    names = [name for name, g in zip(trained, gradients, strict=True) if is_bad(g)]
     sites = {name.split(".")[1] for name in names if name.count(".") > 1}
     what = ", ".join(names) or "the model"
     return f"{what} (site {', '.join(map(repr, sorted(sites)))})" if sites else what

@@ -1,142 +1,189 @@
-"""A step of training, read out of Pyro once: what then runs is a tensor graph.
+"""A function of a pair, read out of Pyro once: what then runs is a tensor graph.
 
-    pair, function, batch  --make_fx-->  graph(tensors, batch)  --inductor-->  machine code
+    pair, function, tensors  --make_fx-->  graph  --inductor-->  machine code
 
-Guide, replayed model, discrete sums, objective and gradients run once under
-`torch.fx.experimental.proxy_tensor.make_fx`, with `torch.func.functional_call` putting the module's
-tensors in. The graph draws the same random numbers as the program it was read from, and before it
-is trusted its results are compared with the program's: they must be equal bit for bit. Compiled, it
-adds in another order, so the last bits differ.
+A step of training (guide, replayed model, discrete sums, objective, gradients) or a pass of weights
+runs once under `torch.fx.experimental.proxy_tensor.make_fx`, with `torch.func.functional_call`
+putting the module's tensors in. The graph draws the same random numbers as the program it was read
+from, and before it is trusted its results are compared with the program's: they must be equal bit
+for bit. Compiled, it adds in another order, so the last bits differ.
 """
 
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.func import functional_call
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.fx.passes.split_module import split_module
 
-from pvae.pair import Batch, Pair
+from pvae.pair import Pair
 
-__all__ = ["CannotLower", "Lowered"]
+__all__ = ["CannotLower", "Function", "Lowered", "compiled", "hoist"]
+
+Function = Callable[..., list[Tensor | None]]  # of a pair and tensors
+
+
+ops = torch.ops.aten
+
+# What inductor is slow at on a CPU, and how else it can be said: its tanh takes six times its exp;
+# a bias that `addmm` adds is a pass over memory of its own (`mm + b` would be made an `addmm`).
+FASTER: list[tuple[Callable[..., Any], Callable[..., Any]]] = [
+    (lambda x: ops.tanh.default(x), lambda x: 1 - 2 / (torch.exp(2 * x) + 1)),
+    (lambda b, x, w: ops.addmm.default(b, x, w), lambda b, x, w: ops.mm.default(x, w) - (-b)),
+]
 
 
 class CannotLower(RuntimeError):
     """The program cannot be run as a graph; run it as it is."""
 
+    @classmethod
+    def because(cls, error: Exception) -> "CannotLower":
+        """The first line of what went wrong."""
+        first_line = str(error).strip().partition("\n")[0]
+        return cls(f"{type(error).__name__}: {first_line}")
+
 
 class _Holder(nn.Module):
     """A function of a pair as a module's forward, for `functional_call`."""
 
-    def __init__(self, pair: Pair, function: Callable[[Pair, Batch], dict[str, Tensor]]):
+    def __init__(self, pair: Pair, function: Function):
         super().__init__()
         self.pair, self.function = pair, function
 
-    def forward(self, batch: Batch) -> dict[str, Tensor]:
-        return self.function(self.pair, batch)
+    def forward(self, *tensors: Tensor) -> list[Tensor | None]:
+        return self.function(self.pair, *tensors)
 
 
 class Lowered:
-    """`function(pair, batch)` and its gradients as a graph, for batches of one shape.
+    """`function(pair, *tensors)` as a graph, for tensors of these shapes.
 
     Args:
         pair: whose parameters and buffers are inputs of the graph, so that it follows training.
-        function: from the pair and a batch to scalars by name; the first is differentiated.
-        batch: an example, whose values do not matter.
+        function: of the pair and tensors; it may differentiate in the pair's parameters.
+        tensors: an example, whose values do not matter.
 
     Raises:
         CannotLower: if the program depends on values, or its graph gives other results.
     """
 
-    def __init__(
-        self, pair: Pair, function: Callable[[Pair, Batch], dict[str, Tensor]], batch: Batch
-    ):
+    def __init__(self, pair: Pair, function: Function, *tensors: Tensor):
         self.holder = _Holder(pair, function)
-        named = dict(self.holder.named_parameters())
-        self.parameters = {name: p for name, p in named.items() if p.requires_grad}
-        frozen = {name: p for name, p in named.items() if not p.requires_grad}
-        self.buffers = frozen | dict(self.holder.named_buffers())
-        leaves, self.layout = tree_flatten(batch)
+        named = dict(self.holder.named_parameters()) | dict(self.holder.named_buffers())
+        self.trained = [tensor.requires_grad for tensor in named.values()]
+        self.state = {name: tensor.detach() for name, tensor in named.items()}
         try:
-            self.graph: Callable[..., Any] = self._apart(
-                lambda p, b: make_fx(lambda *inputs: self._run(*inputs))(p, b, leaves)
-            )
-            expected = self._apart(lambda p, b: self._run(p, b, leaves))
-            found = self._apart(lambda p, b: self.graph(p, b, leaves))
+            self.graph: Callable[..., Any] = self._apart(make_fx(self._run), tensors)
+            expected = self._apart(self._run, tensors)
+            found = self._apart(self.graph, tensors)
+            in_place = self._in_place(tensors)
         except Exception as error:
-            first_line = str(error).strip().partition("\n")[0]
-            raise CannotLower(f"{type(error).__name__}: {first_line}") from error
-        if not _equal(expected, found) or not _equal(self._in_place(leaves), found):
-            raise CannotLower(
-                "its results depend on more than parameters, batch and random numbers"
-            )
+            raise CannotLower.because(error) from error
+        if not _equal(expected, found) or not _equal(in_place, found):
+            raise CannotLower("its results depend on more than parameters, data and random numbers")
 
-    def compile(self, batch: Batch) -> None:
-        """Compile the graph by inductor, with torch's own random numbers.
+    def compile(self, *tensors: Tensor) -> None:
+        """Have inductor compile the graph, with torch's own random numbers.
 
         Raises:
             CannotLower: without a working C++ compiler.
         """
-        leaves = tree_flatten(batch)[0]
-        compiled = torch.compile(
-            self.graph, dynamic=False, fullgraph=True, options={"fallback_random": True}
-        )
-        try:
-            with torch.no_grad():  # as it will be called: the graph holds its own gradients
-                self._apart(lambda p, b: compiled([t.detach() for t in p], b, leaves))
-        except Exception as error:
-            first_line = str(error).strip().partition("\n")[0]
-            raise CannotLower(f"{type(error).__name__}: {first_line}") from error
-        self.graph = compiled
+        self.graph = compiled(self.graph, [*self.state.values(), *tensors])
 
-    def __call__(self, batch: Batch) -> dict[str, Tensor]:
-        """The function's values, after setting the gradients of the pair's parameters."""
-        parameters = [parameter.detach() for parameter in self.parameters.values()]
+    def __call__(self, *tensors: Tensor) -> list[Any]:
+        """What the function returns, without Pyro."""
         with torch.no_grad():
-            values, gradients = self.graph(
-                parameters, list(self.buffers.values()), tree_flatten(batch)[0]
-            )
-        for parameter, gradient in zip(self.parameters.values(), gradients, strict=True):
-            parameter.grad = gradient
-        return dict(zip(self.names, values, strict=True))
+            return self.graph(*self.state.values(), *tensors)
 
-    def _run(self, parameters: list[Tensor], buffers: list[Tensor], leaves: list[Tensor]) -> Any:
-        tensors = dict(zip(self.parameters, parameters, strict=True))
-        tensors |= dict(zip(self.buffers, buffers, strict=True))
-        result = functional_call(self.holder, tensors, (tree_unflatten(leaves, self.layout),))
-        self.names = list(result)
-        first = next(iter(result.values()))
-        gradients = torch.autograd.grad(first, parameters, allow_unused=True)
-        return [value.detach() for value in result.values()], list(gradients)
+    def _run(self, *tensors: Tensor) -> list[Tensor | None]:
+        state = dict(zip(self.state, tensors, strict=False))
+        found = functional_call(self.holder, state, tensors[len(state) :])
+        return [None if value is None else value.detach() for value in found]
 
-    def _apart(self, run: Callable[[list[Tensor], list[Tensor]], Any]) -> Any:
+    def _apart(self, run: Callable[..., Any], tensors: tuple[Tensor, ...]) -> Any:
         """Run on copies of parameters and buffers, from one random state that is put back."""
-        parameters = [p.detach().clone().requires_grad_() for p in self.parameters.values()]
-        buffers = [buffer.detach().clone() for buffer in self.buffers.values()]
+        state = [
+            tensor.clone().requires_grad_(trained)
+            for tensor, trained in zip(self.state.values(), self.trained, strict=True)
+        ]
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            return run(parameters, buffers)
+            return run(*state, *tensors)
 
-    def _in_place(self, leaves: list[Tensor]) -> Any:
+    def _in_place(self, tensors: tuple[Tensor, ...]) -> list[Tensor | None]:
         """The program itself, for networks that hide from `functional_call`."""
-        kept = {name: buffer.clone() for name, buffer in self.buffers.items()}
+        kept = [tensor.clone() for tensor in self.state.values()]
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            result = self.holder(tree_unflatten(leaves, self.layout))
-            parameters = list(self.parameters.values())
-            first = next(iter(result.values()))
-            gradients = torch.autograd.grad(first, parameters, allow_unused=True)
+            found = self.holder(*tensors)
+        for tensor, before in zip(self.state.values(), kept, strict=True):
+            tensor.copy_(before)
+        return found
+
+
+def compiled(graph: Callable[..., Any], tensors: list[Any]) -> Callable[..., Any]:
+    """A graph of tensors compiled by inductor for the shapes of these.
+
+    Raises:
+        CannotLower: without a working C++ compiler.
+    """
+    import torch._inductor
+
+    assert isinstance(graph, fx.GraphModule)
+    if tensors[0].device.type == "cpu":
+        for slow, fast in FASTER:
+            fx.replace_pattern(graph, slow, fast)
+    try:
         with torch.no_grad():
-            for name, buffer in self.buffers.items():
-                buffer.copy_(kept[name])
-        return [value.detach() for value in result.values()], list(gradients)
+            return torch._inductor.compile(graph, tensors, options={"fallback_random": True})
+    except Exception as error:
+        raise CannotLower.because(error) from error
 
 
-def _equal(left: Any, right: Any) -> bool:
-    pairs = zip(tree_flatten(left)[0], tree_flatten(right)[0], strict=True)
+def hoist(graph: fx.GraphModule) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Cut a graph of one result into what no draw changes, and the rest.
+
+    Returns:
+        A function from the graph's inputs to those of the second, and the second, from these to
+        the result.
+
+    Raises:
+        CannotLower: if the result depends on no draw, or a draw is written into something else.
+    """
+    drawn = _drawn(graph)
+    parts = split_module(graph, None, lambda node: int(node in drawn))  # type: ignore[arg-type]
+    *_, last, output = parts.graph.nodes
+    if last.target != "submod_1" or output.args[0] != [last]:
+        raise CannotLower("its weights depend on no draw")
+    parts.graph.erase_node(output)
+    parts.graph.output(list(last.args))
+    parts.graph.erase_node(last)
+    parts.recompile()
+    return parts, parts.get_submodule("submod_1")
+
+
+def _drawn(graph: fx.GraphModule) -> set[fx.Node]:
+    """Nodes that depend on random numbers, or are written to by one that does."""
+    drawn: set[fx.Node] = set()
+    size = -1
+    while size != len(drawn):
+        size = len(drawn)
+        for node in graph.graph.nodes:
+            tags = getattr(node.target, "tags", ())
+            if torch.Tag.nondeterministic_seeded in tags or drawn & set(node.all_input_nodes):
+                drawn.add(node)
+            schema = getattr(node.target, "_schema", None)
+            if node in drawn and schema is not None and schema.is_mutable:
+                written = node.args[0]
+                if written not in drawn and written.all_input_nodes:
+                    raise CannotLower(f"a draw is written into {written}, which is not one")
+                drawn.add(written)
+    return {node for node in drawn if node.op != "output"}
+
+
+def _equal(left: list[Tensor | None], right: list[Tensor | None]) -> bool:
     return all(
         (a is None and b is None) or (a is not None and b is not None and torch.equal(a, b))
-        for a, b in pairs
+        for a, b in zip(left, right, strict=True)
     )

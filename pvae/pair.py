@@ -8,7 +8,7 @@ once, on the programs:
 """
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pyro
@@ -48,11 +48,19 @@ class Columns:
     def __len__(self) -> int:
         return len(next(iter(self.columns.values())))
 
+    def tensors(self) -> list[Tensor]:
+        """Stored values of each column, in order: grey levels where noise is drawn anew."""
+        return [column.values for column in self.columns.values()]
+
     def batch(self, index: Tensor) -> Batch:
         """Rows at an index tensor, noise drawn afresh where the data say so."""
-        if not self.named:
-            return self.columns[""].batch(index)
-        return {name: column.batch(index) for name, column in self.columns.items()}
+        return self.observed([values[index] for values in self.tensors()])
+
+    def observed(self, tensors: Sequence[Tensor]) -> Batch:
+        """A batch of rows of `tensors`, noise drawn afresh where the data say so."""
+        columns = zip(self.columns.items(), tensors, strict=True)
+        batch = {name: column.observed(rows) for (name, column), rows in columns}
+        return batch if self.named else batch[""]
 
     def rows(self, rows: slice) -> Batch:
         """Rows of a slice, as they are."""

@@ -8,7 +8,6 @@ latents that the guide does not sample are enumerated and summed out. Scales (su
 
     model, guide, batch  --find_plates-->  Plates
     model, guide, batch, Plates  --draw-->  Particles (differentiable)
-    pair, data  --weigh, log_weights-->  (K, N), pass by pass
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -23,15 +22,9 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import Distribution
 
-from pvae.fence import evaluating, fenced, module_device
-
-__all__ = ["Particles", "Plates", "blocks", "draw", "find_plates", "log_weights", "weigh"]
+__all__ = ["Particles", "Plates", "draw", "find_plates"]
 
 Program = Callable[..., Any]
-
-MAX_ROWS = 8192  # particle-datum pairs in one pass: its activations fit a cache
-PARTICLES_TOGETHER = 64  # at least, where there are as many: they share one run of the encoder
-MAX_WEIGHTS = 2**22  # weights held at once, for as many data as that leaves room for
 
 PLATE_TO_WRITE = """
     def model(x):
@@ -397,88 +390,3 @@ def _join(single: list[Particles]) -> Particles:
         shape=(len(single), num_data),
         score_sites=first.score_sites,
     )
-
-
-def blocks(
-    num_data: int, num_particles: int, max_rows: int, max_weights: int
-) -> Iterable[tuple[slice, list[int]]]:
-    """Cut a (K, N) pass into blocks of data, and each block into passes over some particles.
-
-    Args:
-        num_data: N.
-        num_particles: K.
-        max_rows: most particle-datum pairs in one pass (at least one datum, one particle).
-        max_weights: most weights held for one block of data.
-
-    Yields:
-        The slice of data, and the numbers of particles of its passes, which sum to K exactly.
-    """
-    together = min(num_particles, PARTICLES_TOGETHER)
-    size = max(1, min(num_data, max_weights // num_particles, max_rows // together))
-    for start in range(0, num_data, size):
-        stop = min(start + size, num_data)
-        most = max(1, min(num_particles, max_rows // (stop - start)))
-        passes = [most] * (num_particles // most)
-        if rest := num_particles % most:
-            passes.append(rest)
-        yield slice(start, stop), passes
-
-
-def weigh(
-    pair: Any, columns: Any, num_particles: int, proposal: str, max_rows: int = MAX_ROWS
-) -> Iterable[tuple[slice, Iterable[Particles]]]:
-    """Pass over data in blocks, and over particles within each, in memory that no K can fill.
-
-    Args:
-        pair: a `Pair`.
-        columns: its data, checked and realised.
-        num_particles: K.
-        proposal: "guide" or "prior".
-        max_rows: most particle-datum pairs in one pass.
-
-    Yields:
-        A slice of the data, and its particles, pass by pass: K in all.
-    """
-    max_rows = max(1, max_rows // pair.categories)
-    for rows, passes in blocks(len(columns), num_particles, max_rows, MAX_WEIGHTS):
-        batch = columns.rows(rows)
-        yield rows, (pair.draw(batch, size, proposal) for size in passes)
-
-
-def log_weights(
-    pair: Any,
-    data: Any,
-    num_particles: int = 1,
-    *,
-    proposal: str = "guide",
-    max_rows: int = MAX_ROWS,
-    seed: int = 0,
-) -> Tensor:
-    """log w[k, n] = log p(x_n, z_kn) - log q(z_kn | x_n), z_kn ~ q(z | x_n), without gradients.
-
-    Discrete latents without a guide entry are summed out; where every latent is, each weight is
-    log p(x_n) itself.
-
-    Args:
-        pair: `LatentModel` or `PyroPair`.
-        data: (N, *event), or a mapping from site names to columns.
-        num_particles: K, drawn exactly.
-        proposal: "guide", or "prior" for naive Monte Carlo: z_kn ~ p(z).
-        max_rows: most particle-datum pairs in one pass; memory depends on it, the law does not.
-        seed: of the draws. The caller's random state stays as it was.
-
-    Returns:
-        (K, N), nats.
-
-    Raises:
-        ValueError: for data that do not fit the model.
-    """
-    device = module_device(pair)
-    columns = pair.columns(data).realised().to(device)
-    pair.prepare(columns.rows(slice(0, 13)))
-    with evaluating(pair), fenced(seed, device):
-        found = [
-            torch.cat([particles.log_weights for particles in passes])
-            for _, passes in weigh(pair, columns, num_particles, proposal, max_rows)
-        ]
-    return torch.cat(found, dim=1)

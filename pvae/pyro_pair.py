@@ -8,6 +8,7 @@ store already holds under the same names (a pair trained by `pyro.infer.SVI`) ar
 those of a module are in the module itself.
 """
 
+import inspect
 import math
 import weakref
 from collections.abc import Callable, Mapping
@@ -58,7 +59,7 @@ class PyroPair(Pair):
         self._example: Batch | None = None
         self._summed: list[str] = []
         self.params = nn.ParameterDict()
-        self.modules_used = nn.ModuleList(_modules(model, guide))
+        self.modules_used = nn.ModuleList(_owners(model, guide))
 
     @property
     def summed(self) -> list[str]:
@@ -141,6 +142,15 @@ class PyroPair(Pair):
             traces = [poutine.trace(p).get_trace(*args, **kwargs) for p in self._programs]
         used = {name for trace in traces for name in trace.param_nodes}
         self._register(own, used)
+        self._hold_modules()
+
+    def _hold_modules(self) -> None:
+        """Take in networks that the programs name and register, with their modes and buffers."""
+        ours = {id(parameter) for parameter in self.params.values()}
+        for module in _modules_named(*self._programs):
+            trained = [p for p in module.parameters() if p.requires_grad]
+            if all(id(p) in ours for p in trained) and module not in self.modules_used:
+                self.modules_used.append(module)
 
     def columns(self, data: Any) -> Columns:
         """The data as columns, with the pair prepared for them."""
@@ -173,8 +183,19 @@ def _arguments(batch: Batch) -> tuple[tuple, dict[str, Any]]:
     return (batch,), {}
 
 
-def _modules(*programs: Callable[..., Any]) -> list[nn.Module]:
+def _owners(*programs: Callable[..., Any]) -> list[nn.Module]:
     """The `nn.Module`s that the programs are, or are methods of."""
     owners = [getattr(program, "__self__", program) for program in programs]
-    modules = [owner for owner in owners if isinstance(owner, nn.Module)]
+    return list(dict.fromkeys(owner for owner in owners if isinstance(owner, nn.Module)))
+
+
+def _modules_named(*programs: Callable[..., Any]) -> list[nn.Module]:
+    """The `nn.Module`s that functions refer to by name, or that their object has as attributes."""
+    found: list[Any] = []
+    for program in programs:
+        found += vars(getattr(program, "__self__", object)).values()
+        if inspect.isfunction(function := inspect.unwrap(getattr(program, "__func__", program))):
+            names = inspect.getclosurevars(function)
+            found += [*names.nonlocals.values(), *names.globals.values()]
+    modules = (value for value in found if isinstance(value, nn.Module))
     return list(dict.fromkeys(modules))

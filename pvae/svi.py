@@ -21,11 +21,13 @@ from pyro.optim import PyroOptim
 from torch.optim import Optimizer
 
 from pvae import checkpoint
+from pvae.batches import source_of
 from pvae.declare import LatentModel
 from pvae.fence import fenced, resolve_device
 from pvae.objectives import ELBO, Objective
 from pvae.pair import Pair
 from pvae.particles import check_count
+from pvae.step import Speed
 from pvae.training import Run
 
 if TYPE_CHECKING:
@@ -34,7 +36,7 @@ if TYPE_CHECKING:
 __all__ = ["Fit", "fit", "load"]
 
 LONG = 5000  # steps that save more than the ten seconds that compiling takes
-FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD, torch.optim.Adagrad)
+SHORT = 200  # steps that save more than the half second that reading them out of Pyro takes
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,9 @@ def fit(
 
     Args:
         model: `LatentModel` or `PyroPair`.
-        data: `Data`, tensor or array (N, *event), or a mapping from site names to these.
+        data: `Data`, tensor or array (N, *event), or a mapping from site names to these; what does
+            not fit in memory, as a `torch.utils.data.DataLoader`, `Dataset` or `IterableDataset`
+            of such rows, whose batches are then those of the fit.
         objective: what to maximise: `ELBO()` (default), `IWAE(50)`, or one of Pyro's own.
         epochs: passes over the data; 100 if `steps` is not given either.
         steps: most optimiser steps, whichever comes first.
@@ -121,7 +125,8 @@ def fit(
         device: where to train; "auto" is CUDA where there is one.
         compile: whether steps run as a compiled graph, read once out of Pyro (`lowering`). That
             takes about ten seconds on a CPU, and changes the last bits of results. "auto" compiles
-            fits of 5,000 steps or more.
+            fits of 5,000 steps or more; those of 200 or more it runs as the graph that is read,
+            whose results are Pyro's own to the last bit.
         seed: of batches, noise and particles. The initial weights are the model's own.
         progress: show a bar.
         folder: where to keep the run. The same call continues it if it was killed.
@@ -132,8 +137,8 @@ def fit(
     Raises:
         ValueError: for data that do not fit the model, or settings without meaning; and where the
             folder holds a run made with other settings.
-        FloatingPointError: at the first NaN or infinity in loss or gradient, naming step, datum
-            and site. The model keeps its last good weights.
+        FloatingPointError: after an epoch with a NaN or infinity in loss or gradient, naming the
+            step, datum and site where it was first. The model keeps its last good weights.
     """
     _check_kinds(model, objective, optimizer)
     objective = ELBO() if objective is None else objective
@@ -149,30 +154,36 @@ def fit(
         if value is not None:
             check_count(name, value)
     place = resolve_device(device)
-    run = Run(model, objective, model.columns(data).to(place), place, batch_size, clip_norm, seed)
+    source = source_of(model, data, batch_size, seed, place)
+    run = Run(model, objective, source, optimizer, lr, clip_norm, seed)
     _check_objective(model, objective)
-    fused = {"fused": True} if optimizer in FUSED else {}  # one pass over memory, not several
-    run.optimizer = optimizer(list(model.parameters()), lr=lr, **fused)
     _check_optimizer(run.optimizer)
     run.scheduler = None if scheduler is None else scheduler(run.optimizer)
     if validation is not None:
         run.validation = model.columns(validation).realised().to(place)
-    compiled = _is_long(run, epochs, steps) if compile == "auto" else compile
-    settings = run.settings(lr, optimizer, scheduler, patience, compiled)
+    speed = _speed(run, epochs, steps, compile)
+    settings = run.settings(lr, optimizer, scheduler, patience, speed == "compiled")
     with fenced(seed, place):
         if folder is not None:
             run.open(folder, settings, steps, compiled_as_before=compile == "auto")
-        run.train(epochs, steps, patience, progress, settings)
+        if "compiled" in (speed, settings["compiled"] and "compiled"):  # a run goes on as it began
+            speed = "compiled" if settings["compiled"] else "traced"
+        run.train(epochs, steps, patience, progress, speed, settings)
     return Fit(model, history_table(run.history), settings, run.stopped, run.best_epoch)
 
 
-def _is_long(run: Run, epochs: int | None, steps: int | None) -> bool:
-    """Whether compiling pays. A rule of numbers, not of times, so that a fit can be repeated."""
+def _speed(
+    run: Run, epochs: int | None, steps: int | None, compile: bool | Literal["auto"]
+) -> Speed:
+    """What pays. A rule of numbers, not of times, so that a fit can be repeated."""
+    if compile != "auto":
+        return "compiled" if compile else "eager"
     if not isinstance(run.objective, Objective):
-        return False
-    an_epoch = math.ceil(len(run.data) / run.batch_size)
+        return "eager"
+    an_epoch = math.inf if run.source.num_batches is None else run.source.num_batches
     planned = math.inf if epochs is None else epochs * an_epoch
-    return min(planned, math.inf if steps is None else steps) >= LONG
+    planned = min(planned, math.inf if steps is None else steps)
+    return "compiled" if planned >= LONG else "traced" if planned >= SHORT else "eager"
 
 
 def _check_kinds(model: Any, objective: Any, optimizer: Any) -> None:

@@ -6,13 +6,13 @@ Everything that resuming needs is here, and is saved after each epoch: weights, 
 state, history. So a run killed within an epoch repeats that epoch with the same numbers.
 """
 
+import copy
 import json
 import math
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import pyro.infer
@@ -21,13 +21,15 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from pvae import checkpoint
+from pvae.batches import Source
 from pvae.declare import LatentModel
 from pvae.failure import bad_datum_of_gradient, bad_parameters, bad_site, is_bad
 from pvae.fence import evaluating, fenced
-from pvae.lowering import CannotLower, Lowered
-from pvae.objectives import ELBO, Objective
+from pvae.lowering import CannotLower
+from pvae.objectives import Objective
 from pvae.pair import Batch, Columns, Pair
-from pvae.particles import blocks
+from pvae.passes import blocks
+from pvae.step import PyroStep, Speed, Step, make_optimizer
 
 __all__ = ["Run", "declaration_of"]
 
@@ -37,35 +39,34 @@ MAX_ROWS = 8192  # particle-datum pairs in one pass of validation
 class Run:
     """The state of a fit, between its epochs."""
 
-    optimizer: Optimizer
-    scheduler: Any
+    scheduler: Any = None
     validation: Columns | None = None
     folder: str | os.PathLike[str] | None = None
-    lowered: Lowered | None = None
 
     def __init__(
         self,
         model: Pair,
         objective: pyro.infer.ELBO,
-        data: Columns,
-        device: torch.device,
-        batch_size: int,
+        source: Source,
+        optimizer: Callable[..., Optimizer],
+        lr: float,
         clip_norm: float | None,
         seed: int,
     ):
-        self.model, self.data, self.device = model, data, device
+        self.model, self.source, self.device = model, source, source.device
         self.objective: Any = objective
-        # For the parts of the bound, and where one of Pyro's own objectives fails:
-        ours = isinstance(objective, Objective)
-        self._ours: Any = objective if ours else ELBO(objective.num_particles)
-        self.batch_size = min(batch_size, len(data))
         self.clip_norm, self.seed = clip_norm, seed
-        model.to(device)
+        model.to(self.device)
         with torch.random.fork_rng():
-            model.prepare(data.rows(slice(0, batch_size)))
-            self.example = data.rows(slice(0, 13))
+            model.prepare(source.first(source.batch_size))
+            self.example = source.first(13)
+        self.optimizer = make_optimizer(optimizer, model, lr, self.device)
+        kind: Any = Step if isinstance(objective, Objective) else PyroStep
+        self.step: Step = kind(model, objective, source, self.optimizer, clip_norm)
+        # For the parts of the bound, also where one of Pyro's own objectives is maximised:
+        self._ours: Any = self.step.objective
         self.history: list[dict[str, Any]] = []
-        self.step = 0
+        self.steps = 0
         self.best: tuple[float, int, dict[str, Tensor]] = (-math.inf, 0, {})
         self.stopped = ""
 
@@ -84,13 +85,13 @@ class Run:
             "optimizer": _name_of(optimizer),
             "lr": lr,
             "scheduler": None if scheduler is None else _name_of(scheduler),
-            "batch_size": self.batch_size,
+            "batch_size": self.source.batch_size,
             "clip_norm": self.clip_norm,
             "patience": patience,
             "seed": self.seed,
             "compiled": compiled,
-            "data": f"{self.data.main.spec.space()}, {self.data.main.spec.split}",
-            "num_data": len(self.data),
+            "data": self.source.title,
+            "num_data": self.source.num_data,
             "num_validation": None if valid is None else len(valid),
         }
 
@@ -102,14 +103,15 @@ class Run:
         steps: int | None,
         patience: int | None,
         progress: bool,
+        speed: Speed,
         settings: dict[str, Any],
     ) -> None:
         """Run epochs until one of the limits is reached, then restore the best weights."""
         from tqdm.auto import tqdm
 
         self.model.train()
-        if settings["compiled"]:
-            self._lower()
+        if speed != "eager":
+            self._lower(speed == "compiled")
         first = len(self.history)
         bar = tqdm(
             total=epochs,
@@ -141,120 +143,61 @@ class Run:
         done = len(self.history)
         if epochs is not None and done >= epochs:
             return "epochs"
-        if steps is not None and self.step >= steps:
+        if steps is not None and self.steps >= steps:
             return "steps"
         if patience is not None and done - self.best[1] >= patience:
             return "patience"
         return ""
 
+    def _lower(self, compile: bool) -> None:
+        """Have whole batches run as a graph, or say why not."""
+        try:
+            self.step.lower(compile)
+        except CannotLower as error:
+            warnings.warn(f"The fit runs without being compiled: {error}.", stacklevel=4)
+
     def _epoch(self, steps: int | None) -> dict[str, Any]:
         start = time.perf_counter()
-        totals: dict[str, Tensor] = {}
-        seen = 0
-        order = torch.randperm(len(self.data), device=self.device)
-        with self._keeping_good_weights():
-            for index in order.split(self.batch_size):
-                if steps is not None and self.step >= steps:
-                    break
-                parts = self._step(index)
-                seen += len(index)
-                for name, mean in parts.items():
-                    totals[name] = totals.get(name, 0.0) + mean * len(index)
-        row: dict[str, Any] = {"epoch": len(self.history) + 1, "step": self.step}
-        row |= {name: float(total) / seen for name, total in totals.items()}
+        before = _Before(self)
+        try:
+            seen = self._steps(steps)
+        except (ValueError, RuntimeError):  # torch refuses to draw from NaN
+            if self._is_finite():
+                raise
+            seen = 0
+        if seen == 0 or not self._is_finite():
+            self._explain(before, steps)
+        means = self.step.means(seen)
+        row: dict[str, Any] = {"epoch": len(self.history) + 1, "step": self.steps}
+        row |= dict(zip(self.step.names, means, strict=True))
         row |= self._validate()
         row["lr"] = float(self.optimizer.param_groups[0]["lr"])
         row["seconds"] = time.perf_counter() - start
         self.history.append(row)
         self._step_scheduler(row)
         if "valid" in row and row["valid"] > self.best[0]:
-            self.best = (row["valid"], row["epoch"], self._weights())
+            self.best = (row["valid"], row["epoch"], self.weights())
         return row
 
-    def _weights(self) -> dict[str, Tensor]:
+    def _steps(self, steps: int | None) -> int:
+        """Take the steps of an epoch; the number of data they were on."""
+        self.step.restart()
+        seen = 0
+        for tensors, index in self.source.epoch(len(self.history) + 1):
+            if steps is not None and self.steps >= steps:
+                break
+            self.step(len(index), *tensors)
+            self.steps += 1
+            seen += len(index)
+        return seen
+
+    def _is_finite(self) -> bool:
+        tensors = [*self.step.totals, *checkpoint.module_tensors(self.model).values()]
+        return not any(is_bad(tensor) for tensor in tensors)
+
+    def weights(self) -> dict[str, Tensor]:
         """A copy of the model's tensors."""
         return {k: v.clone() for k, v in checkpoint.module_tensors(self.model).items()}
-
-    @contextmanager
-    def _keeping_good_weights(self) -> Iterator[None]:
-        """Go back to the epoch's first weights if a step itself made them overflow."""
-        weights = self._weights()
-        try:
-            yield
-        except FloatingPointError:
-            if any(is_bad(value) for value in checkpoint.module_tensors(self.model).values()):
-                self.model.load_state_dict(weights, strict=False)
-            raise
-
-    def _step(self, index: Tensor) -> dict[str, Tensor]:
-        """One optimiser step; returns the objective and its parts, means over the batch."""
-        batch = self.data.batch(index)
-        random_state = _random_state(self.device)
-        self.optimizer.zero_grad()
-        if self.lowered is not None and len(index) == self.batch_size:
-            parts = self.lowered(batch)
-            del parts["loss"]
-        elif isinstance(self.objective, Objective):
-            parts = self._parts(self.model, batch)
-            loss = parts.pop("loss")
-            if loss.requires_grad:
-                loss.backward()
-        else:
-            loss = self.objective.loss_and_grads(self.model.model, self.model.guide, batch)
-            # Pyro's objectives do not tell their parts.
-            with torch.random.fork_rng(), evaluating(self.model):
-                parts = self._parts(self.model, batch)
-            del parts["loss"]
-            parts["train"] = torch.as_tensor(-loss / len(index), dtype=torch.float64)
-        self._check_finite(parts["train"], index, batch, random_state)
-        scale = 1.0 if isinstance(self.objective, Objective) else 1 / len(index)
-        self._step_optimizer(scale, index, batch, random_state)
-        self.step += 1
-        return parts
-
-    def _parts(self, model: Pair, batch: Batch) -> dict[str, Tensor]:
-        """The loss to differentiate, the objective and its parts: means over the batch."""
-        particles = model.draw(batch, self._ours.num_particles)
-        bound = self._ours.per_datum(particles).mean()
-        with torch.no_grad():
-            terms = {f"train {k}": v.detach().mean() for k, v in particles.terms().items()}
-        return {"loss": -bound, "train": bound.detach(), **terms}
-
-    def _lower(self) -> None:
-        """Have whole batches run as a compiled graph, or say why not."""
-        try:
-            if not isinstance(self.objective, Objective):
-                raise CannotLower(f"{title_of(self.objective)} is Pyro's own and returns numbers")
-            with torch.random.fork_rng():
-                batch = self.data.batch(torch.arange(self.batch_size, device=self.device))
-            lowered = Lowered(self.model, self._parts, batch)
-            lowered.compile(batch)
-            self.lowered = lowered
-        except CannotLower as error:
-            warnings.warn(f"The fit runs without being compiled: {error}.", stacklevel=4)
-
-    def _step_optimizer(
-        self, scale: float, index: Tensor, batch: Batch, random_state: list[Tensor]
-    ) -> None:
-        parameters = [p for p in self.model.parameters() if p.grad is not None]
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        if scale != 1.0:
-            torch._foreach_mul_(gradients, scale)
-        norm = torch.nn.utils.get_total_norm(gradients)
-        if not bool(norm.isfinite()):
-            what = bad_parameters(self.model)
-            _set_random_state(random_state, self.device)
-            where = bad_datum_of_gradient(
-                lambda one: self._parts(self.model, one)["loss"], batch, self.model, index
-            )
-            raise FloatingPointError(
-                f"The gradient of {what} is {float(norm)} at step {self.step + 1}, epoch "
-                f"{len(self.history) + 1}: first in {where}. The model keeps its last good "
-                "weights. Lower `lr`, set `clip_norm`, or look at that datum."
-            )
-        if self.clip_norm is not None:
-            torch.nn.utils.clip_grads_with_norm_(parameters, self.clip_norm, norm)
-        self.optimizer.step()
 
     def _step_scheduler(self, row: dict[str, Any]) -> None:
         if isinstance(self.scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
@@ -290,19 +233,61 @@ class Run:
 
     # ------------------------------------------------------------------ what goes wrong
 
-    def _check_finite(
-        self, bound: Tensor, index: Tensor, batch: Batch, random_state: list[Tensor]
-    ) -> None:
-        if bool(bound.isfinite()):
-            return
-        _set_random_state(random_state, self.device)
-        with torch.no_grad():
-            where = bad_site(self.model.draw(batch, self.objective.num_particles), index)
+    def _explain(self, before: "_Before", steps: int | None) -> None:
+        """Repeat an epoch that failed, in Pyro, up to the step that fails.
+
+        Raises:
+            FloatingPointError: naming step, site and datum. The model has the weights before it.
+        """
+        before.restore(self)
+        for tensors, index in self.source.epoch(len(self.history) + 1):
+            if steps is not None and self.steps >= steps:
+                break
+            state = _random_state(self.device)
+            try:
+                found = self.step.eager(*tensors)
+                what, where = self._what_failed(found, tensors, index, state)
+            except (ValueError, RuntimeError) as error:
+                what, where = f"A draw failed ({error})", "no site that could be told"
+            if what:
+                if any(is_bad(v) for v in checkpoint.module_tensors(self.model).values()):
+                    self.model.load_state_dict(before.weights, strict=False)
+                raise FloatingPointError(
+                    f"{what} at step {self.steps + 1}, epoch {len(self.history) + 1}: first in "
+                    f"{where}. The model keeps its last good weights. Lower `lr`, set `clip_norm`, "
+                    "or look at that datum."
+                )
+            self.step.finish(len(index), found)
+            self.steps += 1
+        self.model.load_state_dict(before.weights, strict=False)
         raise FloatingPointError(
-            f"The objective is {float(bound)} at step {self.step + 1}, epoch "
-            f"{len(self.history) + 1}: first in {where}. The model keeps its last good weights. "
-            "Lower `lr`, set `clip_norm`, or look at that datum."
+            f"The model or its objective is not finite after epoch {len(self.history) + 1}, and no "
+            "step of it failed when they were repeated. The model keeps the weights from before it."
+            " Lower `lr`, or set `clip_norm`."
         )
+
+    def _what_failed(
+        self, found: list[Any], tensors: tuple[Tensor, ...], index: Tensor, state: list[Tensor]
+    ) -> tuple[str, str]:
+        """What is not finite in the results of a step, if anything, and where it was so first."""
+        values, *gradients = found
+        bad_gradient = any(is_bad(gradient) for gradient in gradients)
+        if bool(values[0].isfinite()) and not bad_gradient:
+            return "", ""
+        _set_random_state(state, self.device)
+        batch = self.source.fetch(*self.source.fixed, *tensors)
+        if not bool(values[0].isfinite()):
+            with torch.no_grad():
+                where = bad_site(self.model.draw(batch, self._ours.num_particles), index)
+            return f"The objective is {float(values[0])}", where
+        what = bad_parameters(self.model, gradients)
+        norm = float(torch.nn.utils.get_total_norm([g for g in gradients if g is not None]))
+
+        def loss(one: Batch) -> Tensor:
+            return -self._ours.per_datum(self.model.draw(one, self._ours.num_particles)).mean()
+
+        where = bad_datum_of_gradient(loss, batch, self.model, index)
+        return f"The gradient of {what} is {norm}", where
 
     # ------------------------------------------------------------------ the run's folder
 
@@ -315,7 +300,7 @@ class Run:
     ) -> None:
         """Continue the run in the folder, or start one there."""
         self.folder = folder
-        settings["data_fingerprint"] = self.data.fingerprint()
+        settings["data_fingerprint"] = self.source.fingerprint()
         if self.validation is not None:
             settings["validation_fingerprint"] = self.validation.fingerprint()
         if not checkpoint.has_checkpoint(folder):
@@ -345,7 +330,7 @@ class Run:
         _restore_optimizer(self.optimizer, state["optimizer"])
         if self.scheduler is not None:
             self.scheduler.load_state_dict(state["scheduler"])
-        self.history, self.step = state["history"], state["step"]
+        self.history, self.steps = state["history"], state["step"]
         best = {key: value.to(self.device) for key, value in state["best"].items()}
         self.best = (state["best_valid"], state["best_epoch"], best)
         _set_random_state(state["random"], self.device)
@@ -354,9 +339,9 @@ class Run:
         self, folder: str | os.PathLike[str], stopped: str, step: int, steps: int | None
     ) -> None:
         """A run stopped within an epoch has no state to go on from to the same numbers."""
-        an_epoch = math.ceil(len(self.data) / self.batch_size)
+        an_epoch = self.source.num_batches
         goes_on = steps is None or steps > step
-        if stopped == "steps" and step % an_epoch and goes_on:
+        if stopped == "steps" and (an_epoch is None or step % an_epoch) and goes_on:
             raise ValueError(
                 f"{folder} holds a run that ended within an epoch, after {step} steps of {an_epoch}"
                 " an epoch, and cannot go on to the same numbers. Choose another `folder`."
@@ -370,7 +355,7 @@ class Run:
             "optimizer": self.optimizer.state_dict(),
             "scheduler": _scheduler_state(self.scheduler),
             "history": self.history,
-            "step": self.step,
+            "step": self.steps,
             "best": self.best[2],
             "best_valid": self.best[0],
             "best_epoch": self.best[1],
@@ -397,6 +382,24 @@ def declaration_of(model: Pair) -> dict[str, Any]:
     return {"code": repr(model)}
 
 
+class _Before:
+    """What an epoch changes, as it was before."""
+
+    def __init__(self, run: Run):
+        self.weights = run.weights()
+        self.optimizer = copy.deepcopy(run.optimizer.state_dict())
+        self.random = _random_state(run.device)
+        self.steps = run.steps
+
+    def restore(self, run: Run) -> None:
+        """Put it back, for the epoch to be repeated in Pyro."""
+        run.model.load_state_dict(self.weights, strict=False)
+        _restore_optimizer(run.optimizer, self.optimizer)
+        run.step.forget()
+        _set_random_state(self.random, run.device)
+        run.steps = self.steps
+
+
 def _random_state(device: torch.device) -> list[Tensor]:
     """States of the generators that a step draws from."""
     cuda = [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []
@@ -410,7 +413,11 @@ def _set_random_state(state: list[Tensor], device: torch.device) -> None:
 
 
 def _restore_optimizer(optimizer: Optimizer, state: dict[str, Any]) -> None:
+    rates = [group["lr"] for group in optimizer.param_groups]
     optimizer.load_state_dict(state)
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        if isinstance(rate, Tensor):  # which graphs may hold
+            group["lr"] = rate.fill_(float(group["lr"]))
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for i, saved in state["state"].items():
         own = optimizer.state[parameters[i]]

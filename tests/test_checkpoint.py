@@ -182,7 +182,7 @@ def test_any_scheduler_resumes(tmp_path, scheduler):
 
 def test_early_stopping_resumes_with_its_best_weights(tmp_path):
     """Validation data at which the first epochs are the best, so that patience ends the run."""
-    settings = {"validation": -X, "patience": 4, "lr": 0.05}
+    settings = {"validation": -X, "patience": 4, "lr": 0.02}
     whole = fit(ppca(), epochs=50, **settings)
     assert whole.stopped == "patience"
     fit(ppca(), tmp_path, epochs=whole.best_epoch + 2, **settings)

@@ -12,7 +12,7 @@ from torch.testing import assert_close
 
 from pvae import Given, Latent, LatentModel, Observed, PyroPair, bounds, log_weights
 from pvae.nets import Linear, Table
-from pvae.particles import blocks
+from pvae.passes import blocks
 from tests.exact import GaussianMixture, LinearGaussian, LinearMixture, TwoCategoricals, TwoLayers
 
 exactly = partial(assert_close, rtol=0, atol=1e-10)

@@ -84,14 +84,14 @@ class Data(Dataset[Tensor]):
 
     def __getitem__(self, i: int | slice | list[int] | Tensor) -> Tensor:
         """Observed values at an index, a slice or an index tensor, drawn anew if `resampled`."""
-        return self._observed(self.values[i])
+        return self.observed(self.values[i])
 
     def batch(self, index: Tensor) -> Tensor:
         """Gather (B, *event) at an index tensor (B,); a fresh draw if `resampled`.
 
         The draw is the only use of torch's global generator here, on the device of the values.
         """
-        return self._observed(self.values[index])
+        return self.observed(self.values[index])
 
     def subset(self, index: slice | Tensor) -> "Data":
         """Some of the data, with their labels and specification: `digits.test.subset(slice(100))`.
@@ -101,7 +101,8 @@ class Data(Dataset[Tensor]):
         labels = None if self.labels is None else self.labels[index]
         return replace(self, values=self.values[index], labels=labels)
 
-    def _observed(self, values: Tensor) -> Tensor:
+    def observed(self, values: Tensor) -> Tensor:
+        """Rows of `values` as a model sees them; a fresh draw if `resampled`."""
         return observe(values, torch.rand_like(values), self.spec) if self.resampled else values
 
     def realised(self) -> "Data":

@@ -6,7 +6,7 @@ pair, data  --weigh-->  (K, n) weights, block by block of data  --bounds-->  Eva
 import math
 import time
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -16,12 +16,16 @@ from pvae import bounds, exact
 from pvae.evaluation.result import Evaluation
 from pvae.fence import evaluating, fenced, resolve_device
 from pvae.pair import Columns, Pair, guide_mean
-from pvae.particles import Particles, check_count, weigh
+from pvae.particles import Particles, check_count
+from pvae.passes import weigh
+from pvae.step import Speed
 
 __all__ = ["evaluate"]
 
 GRID = (1, 5, 50, 500, 5000, 50_000)
-PART_PARTICLES = 64  # enough for the parts of the ELBO, whose spread is small
+PART_PARTICLES = 32  # at least, for the parts of the ELBO, whose spread is small
+LONG = 10_000_000  # weights that save more time than compiling takes
+SHORT = 400_000  # weights that save more time than reading their pass out of Pyro takes
 
 
 def evaluate(
@@ -33,6 +37,7 @@ def evaluate(
     proposal: str = "guide",
     seed: int = 0,
     device: str | torch.device = "auto",
+    compile: bool | Literal["auto"] = "auto",
     progress: bool = False,
 ) -> Evaluation:
     """Evaluate log p(x): ELBO and IWAE bounds on a grid of K, k-hat, ESS, KL and active units.
@@ -52,6 +57,10 @@ def evaluate(
         proposal: "guide", or "prior" for naive Monte Carlo, whose k-hat says why not.
         seed: of the draws.
         device: where to run; "auto" is CUDA where there is one.
+        compile: whether weights are drawn by a compiled graph, read once out of Pyro (`passes`).
+            That takes some seconds on a CPU, and changes the last bits of results. "auto" compiles
+            where ten million weights or more are drawn; where 400,000 are, it runs the graph that
+            is read, whose results are Pyro's own to the last bit.
         progress: show a bar.
 
     Returns:
@@ -75,12 +84,13 @@ def evaluate(
         how = exact.method(model)
         closed = how in ("enumeration", "linear-Gaussian")
         known = exact.log_prob(model, data) if closed else None
+        speed = _speed(num_particles * len(columns), compile)
         passes = _Passes(sizes)
         with evaluating(model), fenced(seed, place):
             if how == "enumeration":
                 passes.measure = _measure(model.draw(on_device.rows(slice(0, 1))))
             else:
-                passes.run(model, on_device, num_particles, proposal, progress)
+                passes.run(model, on_device, num_particles, proposal, speed, progress)
     finally:
         model.to(before)
     per_datum, per_unit = passes.datasets(known)
@@ -97,6 +107,13 @@ def evaluate(
         per_unit=per_unit,
         seconds=time.perf_counter() - start,
     )
+
+
+def _speed(num_weights: int, compile: bool | Literal["auto"]) -> Speed:
+    """What pays. A rule of numbers, not of times, so that results can be repeated."""
+    if compile != "auto":
+        return "compiled" if compile else "eager"
+    return "compiled" if num_weights >= LONG else "traced" if num_weights >= SHORT else "eager"
 
 
 def _grid(grid: Sequence[int] | None, num_particles: int) -> list[int]:
@@ -139,11 +156,17 @@ class _Passes:
         self.unit_means: dict[str, list[Tensor]] = {}
 
     def run(
-        self, model: Pair, columns: Columns, num_particles: int, proposal: str, progress: bool
+        self,
+        model: Pair,
+        columns: Columns,
+        num_particles: int,
+        proposal: str,
+        speed: Speed,
+        progress: bool,
     ) -> None:
         from tqdm.auto import tqdm
 
-        blocks = weigh(model, columns, num_particles, proposal)
+        blocks = weigh(model, columns, num_particles, proposal, speed, whole=PART_PARTICLES)
         with tqdm(
             total=len(columns), disable=not progress, desc=f"{model.name}, log p(x)", unit="datum"
         ) as bar:
@@ -151,16 +174,16 @@ class _Passes:
                 self._block(passes)
                 bar.update(rows.stop - rows.start)
 
-    def _block(self, passes: Iterable[Particles]) -> None:
+    def _block(self, passes: Iterable[tuple[Tensor, Particles | None]]) -> None:
         weights: list[Tensor] = []
         terms: dict[str, Tensor] = {}
         kl: dict[str, Tensor] = {}
         means: dict[str, Tensor] = {}
         averaged = 0
-        for particles in passes:
-            weights.append(particles.log_weights)
-            self.measure = self.measure if self.measure[1] else _measure(particles)
-            if averaged < PART_PARTICLES:  # sums are kept, for particles are large
+        for log_weights, particles in passes:
+            weights.append(log_weights)
+            if particles is not None and averaged < PART_PARTICLES:  # sums, for these are large
+                self.measure = _measure(particles)
                 _add(terms, particles.terms())
                 _add(kl, unit_kl(particles))
                 _add_halves(means, unit_mean(particles), averaged)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import pvae
-from pvae import Latent, LatentModel, Observed, PyroPair, bounds, particles
+from pvae import Latent, LatentModel, Observed, PyroPair, bounds, passes
 from pvae.data import Data, load_data
 from pvae.nets import MLP, Linear
 from pvae.pair import Pair
@@ -153,9 +153,8 @@ def test_the_default_grid_ends_with_k():
 
 @pytest.mark.parametrize(("K", "rows", "weights"), [(77, 10, 500), (77, 1000, 100), (5, 2, 1)])
 def test_exactly_k_particles_are_drawn_for_each_datum(monkeypatch, K, rows, weights):
-    monkeypatch.setattr(particles, "MAX_ROWS", rows)
-    monkeypatch.setattr(particles.weigh, "__defaults__", (rows,))
-    monkeypatch.setattr(particles, "MAX_WEIGHTS", weights)
+    monkeypatch.setattr(passes, "MAX_ROWS", rows)
+    monkeypatch.setattr(passes, "MAX_WEIGHTS", weights)
     drawn = record_draws(monkeypatch)
     x, pair = TRUTH.sample(23), TRUTH.pair(spread=2.0)
     result = pvae.evaluate(pair, x, num_particles=K)
@@ -205,20 +204,19 @@ class Memory(TorchDispatchMode):
 
 
 def test_memory_does_not_grow_with_k(monkeypatch):
-    monkeypatch.setattr(particles, "MAX_WEIGHTS", 2**15)
-    monkeypatch.setattr(particles.weigh, "__defaults__", (2048,))
+    monkeypatch.setattr(passes, "MAX_WEIGHTS", 2**15)
     x, pair = TRUTH.sample(20), TRUTH.pair(spread=2.0)
     peaks = {}
     for K in (2000, 20_000):
         with Memory() as memory:
-            pvae.evaluate(pair, x, num_particles=K)
+            pvae.evaluate(pair, x, num_particles=K, compile=False)
         peaks[K] = memory.peak
     assert peaks[20_000] <= peaks[2000] < 8 * 2**15 * 8  # a few copies of the weights in float64
 
 
 def test_particles_are_let_go_as_they_are_weighed(monkeypatch):
     """Each holds the model's activations: only their weights and sums may stay."""
-    monkeypatch.setattr(particles.weigh, "__defaults__", (20,))
+    monkeypatch.setattr(passes, "MAX_ROWS", 20)
     alive, most, draw = weakref.WeakSet(), 0, Pair.draw
 
     class Kept:
