@@ -104,7 +104,7 @@ class Streamed:
         """Batches of an epoch, the next one on its way while one is used."""
         seen, ahead = 0, None
         for columns in self._batches(number):
-            rows = tuple(columns.to(self.device).tensors())
+            rows = tuple(t.to(self.device, non_blocking=True) for t in columns.tensors())
             if ahead is not None:
                 yield ahead
             ahead = rows, torch.arange(seen, seen + len(columns))

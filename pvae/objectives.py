@@ -121,7 +121,9 @@ def _only_gradient(score: Tensor) -> Tensor:
 
 
 def _scaled_log_weights(particles: Particles) -> Tensor:
-    if particles.summed or particles.has_one_scale:
+    scales = [*particles.scales.values(), *particles.guide_scales.values()]
+    numbers = not any(isinstance(scale, Tensor) for scale in scales)
+    if particles.summed or (numbers and particles.has_one_scale):
         return particles.scale * particles.log_weights
     total = torch.zeros(())
     for name, log_p in particles.log_p.items():

@@ -21,6 +21,7 @@ from pyro.distributions.util import scale_and_mask
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import Distribution
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 __all__ = ["Particles", "Plates", "draw", "find_plates"]
 
@@ -159,7 +160,12 @@ class Particles:
 
 
 def _same(a: Any, b: Any) -> bool:
+    """Whether scales are equal; while a graph is traced, which has no values, the same tensor."""
+    if a is b:
+        return True
     if isinstance(a, Tensor) or isinstance(b, Tensor):
+        if get_proxy_mode() is not None:
+            return False
         return bool(torch.as_tensor(a == b).all())
     return bool(a == b)
 

@@ -7,6 +7,7 @@ pass holds as many rows as a cache does. Like steps of training, passes run at t
 same random numbers: in Pyro, as the graph that is read out of it, and as that graph compiled.
 """
 
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -23,6 +24,7 @@ from pvae.step import Speed
 __all__ = ["blocks", "log_weights", "weigh"]
 
 MAX_ROWS = 2048  # particle-datum pairs in one pass: its activations fit a cache
+MAX_ROWS_CUDA = 2**17  # enough to keep a device busy
 PARTICLES_TOGETHER = 64  # at most; they share one run of the encoder
 MAX_WEIGHTS = 2**22  # weights held at once, for as many data as that leaves room for
 
@@ -82,8 +84,9 @@ def weigh(
         A slice of the data, and pass by pass the weights (k, n) of its particles, K in all; with
         the particles themselves, for those that are wanted whole.
     """
-    max_rows = max(1, (max_rows or MAX_ROWS) // pair.categories)
     tensors = columns.tensors()
+    usual = MAX_ROWS_CUDA if tensors[0].device.type == "cuda" else MAX_ROWS
+    max_rows = max(1, (max_rows or usual) // pair.categories)
     lowered: _Pass | None = None
     for rows, passes in blocks(len(columns), num_particles, max_rows, MAX_WEIGHTS):
         block = [values[rows] for values in tensors]
@@ -95,14 +98,15 @@ def weigh(
 def _lower(
     pair: Pair, columns: Columns, block: list[Tensor], size: int, proposal: str, speed: Speed
 ) -> "_Pass | None":
-    """A lowered pass, or the next best thing, with a word on why."""
-    import warnings
-
+    """A lowered pass, or the next best thing with a word on why."""
     try:
         return _Pass(pair, columns, block, size, proposal, speed == "compiled")
     except CannotLower as error:
-        warnings.warn(f"The weights are drawn without being compiled: {error}.", stacklevel=2)
-        return None if speed == "traced" else _lower(pair, columns, block, size, proposal, "traced")
+        warnings.warn(f"Weights are drawn without being compiled: {error}.", stacklevel=7)
+    try:
+        return _Pass(pair, columns, block, size, proposal, False) if speed == "compiled" else None
+    except CannotLower:
+        return None
 
 
 def _passes(

@@ -33,6 +33,7 @@ __all__ = ["PyroStep", "Speed", "Step", "make_optimizer"]
 Speed = Literal["eager", "traced", "compiled"]
 
 FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)
+MOST_LOWERINGS = 4  # of one fit, each because a plain number in the pair has changed
 WARM_UP = 3  # steps before a CUDA graph is captured, in which libraries make their workspaces
 
 
@@ -86,7 +87,9 @@ class Step:
         self._shapes: list[torch.Size] = []
         self._update: _Update | None = None
         self._replay: _Replay | None = None
+        self._times_lowered = 0
         self._warm = 0
+        self._held: list[Any] = []  # what the CUDA graph has of the optimiser
 
     def lower(self, compile: bool) -> None:
         """Have steps on whole batches run as a graph.
@@ -95,6 +98,12 @@ class Step:
             CannotLower: if that cannot be, or there is nothing to compile it with; then the graph
                 is used as it is.
         """
+        self.lowered = None
+        self._times_lowered += 1
+        if self._times_lowered > MOST_LOWERINGS:
+            raise CannotLower(
+                "a number that is no tensor keeps changing; keep it in a buffer, and fill that"
+            )
         own = self.source.example()
         with torch.random.fork_rng():
             self.lowered = Lowered(self.pair, self.bound_and_gradients, *self.source.fixed, *own)
@@ -109,6 +118,16 @@ class Step:
     def restart(self) -> None:
         """Begin new sums."""
         self.totals.zero_()
+
+    def follows(self) -> bool:
+        """Whether the graph, if there is one, is still that of the pair as it is now."""
+        if self.lowered is None:
+            return True
+        before = list(self.lowered.state.values())
+        now = self.lowered.follows() and list(self.lowered.state.values())
+        if now and [t.data_ptr() for t in before] != [t.data_ptr() for t in now]:
+            self._replay = None
+        return bool(now)
 
     def means(self, num_data: int) -> list[float]:
         """The sums over this many data; waits for the device."""
@@ -137,7 +156,10 @@ class Step:
                 self._run_lowered(num_data, *tensors)
             torch.cuda.current_stream().wait_stream(stream)
             return
-        if self._replay is None:
+        groups = self.optimizer.param_groups
+        held = [_settings(self.optimizer), *(id(group["lr"]) for group in groups)]
+        if self._replay is None or self._held != held:
+            self._held = held
             self._replay = _Replay(lambda *own: self._run_lowered(num_data, *own), tensors)
         self._replay(*tensors)
 
@@ -233,6 +255,7 @@ class _Update:
     def __init__(self, optimizer: Optimizer, parameters: list[Tensor], gradients: list[Tensor]):
         self.optimizer = optimizer
         self.settings = _settings(optimizer)
+        self.rates = [group["lr"] for group in optimizer.param_groups]
         self.state = [optimizer.state.get(parameter, {}) for parameter in parameters]
         self.tensors = [
             *(parameter.detach() for parameter in parameters),
@@ -271,7 +294,12 @@ class _Update:
     def fits(self, gradients: Sequence[Tensor | None]) -> bool:
         """Whether these are gradients of the same parameters, for the same settings."""
         given = sum(gradient is not None for gradient in gradients)
-        return given == self.num_parameters and self.settings == _settings(self.optimizer)
+        groups = self.optimizer.param_groups
+        return (
+            given == self.num_parameters
+            and all(rate is group["lr"] for rate, group in zip(self.rates, groups, strict=True))
+            and self.settings == _settings(self.optimizer)
+        )
 
     def __call__(self, gradients: Sequence[Tensor | None]) -> None:
         with torch.no_grad():

@@ -110,8 +110,9 @@ class Run:
         from tqdm.auto import tqdm
 
         self.model.train()
+        self._speed = speed
         if speed != "eager":
-            self._lower(speed == "compiled")
+            self._lower()
         first = len(self.history)
         bar = tqdm(
             total=epochs,
@@ -149,10 +150,10 @@ class Run:
             return "patience"
         return ""
 
-    def _lower(self, compile: bool) -> None:
+    def _lower(self) -> None:
         """Have whole batches run as a graph, or say why not."""
         try:
-            self.step.lower(compile)
+            self.step.lower(self._speed == "compiled")
         except CannotLower as error:
             warnings.warn(f"The fit runs without being compiled: {error}.", stacklevel=4)
 
@@ -182,6 +183,8 @@ class Run:
     def _steps(self, steps: int | None) -> int:
         """Take the steps of an epoch; the number of data they were on."""
         self.step.restart()
+        if not self.step.follows():  # a number has changed that is no tensor
+            self._lower()
         seen = 0
         for tensors, index in self.source.epoch(len(self.history) + 1):
             if steps is not None and self.steps >= steps:

@@ -1,17 +1,27 @@
-"""Small models in float64 and how the tests fit them."""
+"""Small models and how the tests fit them."""
 
 from typing import Any
 
+import pyro
+import pytest
 import torch
-from pyro.distributions import Normal
-from torch import Tensor
+from pyro import poutine
+from pyro.distributions import Bernoulli, Normal
+from torch import Tensor, nn
 
 import pvae
-from pvae import Fit, LatentModel, Learned, Observed
+from pvae import Fit, Latent, LatentModel, Learned, Observed, PyroPair, models, svi
+from pvae.nets import MLP
 from pvae.pair import Pair
 from tests.exact import LinearGaussian
 
 TRUTH = LinearGaussian.drawn()
+SMALL = {
+    "hierarchical_vae": {"latent_sizes": (3, 2), "hidden": (5,), "hidden_top": (4,)},
+    "mixture_of_bernoullis": {"num_components": 3},
+    "mixture_of_gaussians": {"num_components": 3},
+    "ppca": {"latent_size": 2},
+}
 
 
 def fit(model: Pair, data: Any, objective: Any = None, **settings: Any) -> Fit:
@@ -40,3 +50,117 @@ def parameters(model: Pair) -> Tensor:
 def same(one: Pair, other: Pair) -> bool:
     """Bit for bit."""
     return torch.equal(parameters(one), parameters(other))
+
+
+def declare(name: str) -> LatentModel:
+    """A small one of `models/`, always from the same start."""
+    torch.manual_seed(0)
+    settings = SMALL.get(name, {"latent_size": 2, "hidden": (5,)})
+    return getattr(models, name)(data_size=6, **settings)
+
+
+def binary(num_data: int = 20) -> Tensor:
+    return torch.rand(num_data, 6, generator=torch.Generator().manual_seed(1)).round()
+
+
+def traced(model: Pair, data: Any, objective: Any = None, **settings: Any) -> Fit:
+    """The same fit as a graph that is not compiled, however short it is."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(svi, "SHORT", 1)
+        return fit(model, data, objective, **settings)
+
+
+def assert_same_fit(one: Fit, other: Fit) -> None:
+    """Bit for bit: weights, buffers, history."""
+    ours, theirs = one.model.state_dict(), other.model.state_dict()
+    assert list(ours) == list(theirs)
+    for name, value in ours.items():
+        assert torch.equal(value, theirs[name]), name
+    columns = [name for name in one.history if name != "seconds"]
+    assert one.history[columns].equals(other.history[columns])
+
+
+class Annealed:
+    """A hand-written pair whose KL weight is its attribute: a buffer, a number."""
+
+    def __init__(self, beta: Any):
+        super().__init__()
+        self.encoder, self.decoder = nn.Linear(6, 4), nn.Linear(2, 6)
+        self.beta = beta
+
+    def model(self, x: Tensor) -> None:
+        pyro.module("decoder", self.decoder)
+        with pyro.plate("data", len(x)):
+            with poutine.scale(scale=self.beta):
+                z = pyro.sample("z", Normal(x.new_zeros(len(x), 2), 1.0).to_event(1))
+            pyro.sample("x", Bernoulli(logits=self.decoder(z)).to_event(1), obs=x)
+
+    def guide(self, x: Tensor) -> None:
+        pyro.module("encoder", self.encoder)
+        with pyro.plate("data", len(x)), poutine.scale(scale=self.beta):
+            loc, log_scale = self.encoder(x).chunk(2, -1)
+            pyro.sample("z", Normal(loc, log_scale.exp()).to_event(1))
+
+
+class AnnealedModule(Annealed, nn.Module):
+    """The same, held by a module."""
+
+
+class AnnealedDeclared(LatentModel):
+    """A declared model whose subclass does the same."""
+
+    def __init__(self, beta: Any):
+        super().__init__(
+            z=Latent(Normal, 2),
+            x=Observed(Bernoulli, 6, given="z", net=MLP(5)),
+            guide={"z": Latent(Normal, 2, given="x", net=MLP(5))},
+        )
+        self.beta = beta
+
+    def model(self, batch=None, num_data=None):
+        with pyro.plate("data", len(batch)):
+            with poutine.scale(scale=self.beta):
+                z = pyro.sample("z", self.model_modules["z"]({}))
+            return pyro.sample("x", self.model_modules["x"]({"z": z}), obs=batch)
+
+    def guide(self, batch=None):
+        with poutine.scale(scale=self.beta):
+            return super().guide(batch)
+
+
+def annealed_by_hand(beta: Any = 1.0) -> tuple[PyroPair, Any]:
+    """A pair, and what holds its KL weight."""
+    programs = AnnealedModule(beta)
+    return PyroPair(programs.model, programs.guide), programs
+
+
+def annealed_by_plain_object(beta: Any = 1.0) -> tuple[PyroPair, Any]:
+    """A pair, and what holds its KL weight, which is no module."""
+    programs = Annealed(beta)
+    return PyroPair(programs.model, programs.guide), programs
+
+
+def annealed_declared(beta: Any = 1.0) -> tuple[LatentModel, Any]:
+    """A model, which itself holds its KL weight."""
+    model = AnnealedDeclared(beta)
+    return model, model
+
+
+def masked_by_a_column() -> PyroPair:
+    torch.manual_seed(0)
+    encoder, decoder = nn.Linear(6, 4), nn.Linear(2, 6)
+
+    def model(x, seen):
+        pyro.module("decoder", decoder)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", Normal(x.new_zeros(len(x), 2), 1.0).to_event(1))
+            with poutine.mask(mask=seen[:, 0] == 1):
+                pyro.sample("x", Bernoulli(logits=decoder(z)).to_event(1), obs=x)
+
+    def guide(x, seen):
+        pyro.module("encoder", encoder)
+        with pyro.plate("data", len(x)):
+            loc, log_scale = encoder(x * seen).chunk(2, -1)
+            pyro.sample("z", Normal(loc, log_scale.exp()).to_event(1))
+
+    return PyroPair(model, guide)

@@ -14,26 +14,11 @@ from pvae import Latent, LatentModel, Observed, PyroPair, models, svi
 from pvae.fence import fenced
 from pvae.lowering import CannotLower, Lowered
 from pvae.nets import MLP
+from tests.fitting import assert_same_fit, binary, declare
 
-SMALL = {
-    "hierarchical_vae": {"latent_sizes": (3, 2), "hidden": (5,), "hidden_top": (4,)},
-    "mixture_of_bernoullis": {"num_components": 3},
-    "mixture_of_gaussians": {"num_components": 3},
-    "ppca": {"latent_size": 2},
-}
 CPU = torch.device("cpu")
 SETTINGS = {"batch_size": 8, "steps": 50, "progress": False, "lr": 1e-2}
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
-
-
-def declare(name):
-    torch.manual_seed(0)
-    settings = SMALL.get(name, {"latent_size": 2, "hidden": (5,)})
-    return getattr(models, name)(data_size=6, **settings)
-
-
-def data(num=20):
-    return torch.rand(num, 6, generator=torch.Generator().manual_seed(1)).round()
 
 
 def loss(model, batch):
@@ -53,29 +38,20 @@ def traced(monkeypatch):
     monkeypatch.setattr(svi, "SHORT", 1)
 
 
-def assert_same_fit(eager, lowered):
-    for (name, value), other in zip(
-        eager.model.state_dict().items(), lowered.model.state_dict().values(), strict=True
-    ):
-        assert torch.equal(value, other), name
-    columns = [name for name in eager.history if name != "seconds"]
-    assert eager.history[columns].equals(lowered.history[columns])
-
-
 @pytest.mark.usefixtures("traced")
 @pytest.mark.parametrize("objective", [pvae.ELBO(), pvae.ELBO(3), pvae.IWAE(4)], ids=repr)
 @pytest.mark.parametrize("name", models.__all__)
 def test_fifty_lowered_steps_are_those_of_pyro_bit_for_bit(name, objective):
     """20 data in batches of 8: the last of each epoch, of 4, runs in Pyro either way."""
-    eager = pvae.fit(declare(name), data(), objective, compile=False, **SETTINGS)
-    lowered = pvae.fit(declare(name), data(), objective, compile="auto", **SETTINGS)
+    eager = pvae.fit(declare(name), binary(), objective, compile=False, **SETTINGS)
+    lowered = pvae.fit(declare(name), binary(), objective, compile="auto", **SETTINGS)
     assert_same_fit(eager, lowered)
 
 
 @needs_compiler
 def test_compiled_steps_are_those_of_pyro_but_for_rounding():
     fits = [
-        pvae.fit(declare("vae").double(), data().double(), pvae.IWAE(4), compile=c, **SETTINGS)
+        pvae.fit(declare("vae").double(), binary().double(), pvae.IWAE(4), compile=c, **SETTINGS)
         for c in (False, True)
     ]
     eager, compiled = (dict(fit.model.named_parameters()) for fit in fits)
@@ -85,7 +61,7 @@ def test_compiled_steps_are_those_of_pyro_but_for_rounding():
 
 def test_no_pyro_runs_in_a_lowered_step(monkeypatch):
     model = declare("hierarchical_vae")
-    lowered = lower(model, data())
+    lowered = lower(model, binary())
 
     def refuse(message):
         raise AssertionError("a Pyro handler ran")
@@ -93,20 +69,20 @@ def test_no_pyro_runs_in_a_lowered_step(monkeypatch):
     monkeypatch.setattr(runtime, "apply_stack", refuse)
     monkeypatch.setattr(pyro.primitives, "apply_stack", refuse)
     monkeypatch.setattr(LatentModel, "model", refuse)
-    found, *_ = lowered(data())
+    found, *_ = lowered(binary())
     assert found.isfinite()
 
 
 def test_a_lowered_step_follows_the_parameters_it_was_not_read_with():
     model = declare("vae")
-    lowered = lower(model, data())
+    lowered = lower(model, binary())
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.1
     torch.manual_seed(3)
-    found, *_ = lowered(data())
+    found, *_ = lowered(binary())
     torch.manual_seed(3)
-    assert torch.equal(found, loss(model, data())[0])
+    assert torch.equal(found, loss(model, binary())[0])
 
 
 def test_reading_a_step_changes_neither_the_model_nor_the_random_state():
@@ -116,7 +92,7 @@ def test_reading_a_step_changes_neither_the_model_nor_the_random_state():
     before = {name: value.clone() for name, value in model.state_dict().items()}
     state = torch.get_rng_state()
     with fenced(None, CPU):
-        Lowered(model, loss, data())
+        Lowered(model, loss, binary())
     assert torch.equal(state, torch.get_rng_state())
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
@@ -144,7 +120,7 @@ def test_batch_norm_and_dropout_are_lowered_with_their_buffers():
         z = Latent(dist.Normal, 2, given="x", net=MLP(5))
         x = Observed(dist.Bernoulli, 6, given="z", net=normalised(2, 6))
         model = LatentModel(z=Latent(dist.Normal, 2), x=x, guide={"z": z})
-        return pvae.fit(model, data(), compile=compile, **SETTINGS)
+        return pvae.fit(model, binary(), compile=compile, **SETTINGS)
 
     lowered = fit("auto")
     assert_same_fit(fit(False), lowered)
@@ -179,7 +155,7 @@ class HandWritten(nn.Module):
 def fit_hand_written(compile, branches=False):
     torch.manual_seed(0)
     pair = HandWritten(branches)
-    return pvae.fit(PyroPair(pair.model, pair.guide), data(), compile=compile, **SETTINGS)
+    return pvae.fit(PyroPair(pair.model, pair.guide), binary(), compile=compile, **SETTINGS)
 
 
 @pytest.mark.usefixtures("traced")
@@ -210,7 +186,7 @@ def programs_around(held):
             pyro.sample("z", dist.Normal(x.new_zeros(len(x), 2), scale).to_event(1))
 
     pair = PyroPair(model, guide)
-    pair.prepare(data())
+    pair.prepare(binary())
     return pair
 
 
@@ -218,7 +194,7 @@ def programs_around(held):
 def test_a_network_that_functions_refer_to_is_found_and_lowered():
     def fit(compile):
         torch.manual_seed(0)
-        return pvae.fit(programs_around(nn.Linear(2, 6)), data(), compile=compile, **SETTINGS)
+        return pvae.fit(programs_around(nn.Linear(2, 6)), binary(), compile=compile, **SETTINGS)
 
     assert_same_fit(fit(False), fit("auto"))
 
@@ -228,7 +204,7 @@ def test_a_network_that_hides_from_the_pair_is_not_lowered():
     hidden = [nn.Linear(2, 6)]
     pair = programs_around(lambda: hidden[0])
     with pytest.raises(CannotLower, match="depend on more than parameters, data and random"):
-        lower(pair, data())
+        lower(pair, binary())
 
 
 @pytest.mark.usefixtures("traced")
@@ -238,26 +214,26 @@ def test_without_a_working_compiler_the_fit_runs_in_pyro(monkeypatch):
 
     monkeypatch.setattr(Lowered, "compile", fail)
     with pytest.warns(UserWarning, match="without being compiled: InvalidCxxCompiler"):
-        found = pvae.fit(declare("vae"), data(), compile=True, **SETTINGS)
-    assert_same_fit(pvae.fit(declare("vae"), data(), compile=False, **SETTINGS), found)
+        found = pvae.fit(declare("vae"), binary(), compile=True, **SETTINGS)
+    assert_same_fit(pvae.fit(declare("vae"), binary(), compile=False, **SETTINGS), found)
 
 
 def test_objectives_of_pyro_run_in_pyro():
     with pytest.warns(UserWarning, match="Trace_ELBO.* is Pyro's own"):
-        pvae.fit(declare("vae"), data(), pyro.infer.Trace_ELBO(), compile=True, **SETTINGS)
+        pvae.fit(declare("vae"), binary(), pyro.infer.Trace_ELBO(), compile=True, **SETTINGS)
 
 
 @pytest.mark.usefixtures("traced")
 @pytest.mark.parametrize(("steps", "compiled"), [(49, False), (50, True)])
 def test_auto_compiles_long_fits_only(monkeypatch, steps, compiled):
     monkeypatch.setattr(svi, "LONG", 50)
-    fit = pvae.fit(declare("vae"), data(), **(SETTINGS | {"steps": steps}))
+    fit = pvae.fit(declare("vae"), binary(), **(SETTINGS | {"steps": steps}))
     assert fit.settings["compiled"] is compiled
 
 
 @pytest.mark.usefixtures("traced")
 def test_auto_resumes_as_the_run_began(monkeypatch, tmp_path):
     monkeypatch.setattr(svi, "LONG", 50)
-    pvae.fit(declare("vae"), data(), folder=tmp_path, **(SETTINGS | {"steps": 30}))
-    resumed = pvae.fit(declare("vae"), data(), folder=tmp_path, **(SETTINGS | {"steps": 60}))
+    pvae.fit(declare("vae"), binary(), folder=tmp_path, **(SETTINGS | {"steps": 30}))
+    resumed = pvae.fit(declare("vae"), binary(), folder=tmp_path, **(SETTINGS | {"steps": 60}))
     assert resumed.settings["compiled"] is False
