@@ -87,7 +87,7 @@ class Streamed:
         device: torch.device,
     ):
         self.loader, self.check, self.seed, self.device = loader, check, seed, device
-        self.num_data = _length(loader.dataset)
+        self.num_data = None if loader.batch_size is None else _length(loader.dataset)
         self.num_batches = _length(loader)
         first = next(self._batches(1), None)
         if first is None:

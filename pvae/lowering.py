@@ -10,6 +10,7 @@ for bit. Compiled, it adds in another order, so the last bits differ.
 """
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch.func import functional_call
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.passes.split_module import split_module
 
+from pvae.held import held_by
 from pvae.pair import Pair
 
 __all__ = ["CannotLower", "Function", "Lowered", "compiled", "hoist"]
@@ -25,6 +27,7 @@ __all__ = ["CannotLower", "Function", "Lowered", "compiled", "hoist"]
 Function = Callable[..., list[Tensor | None]]  # of a pair and tensors
 
 
+PACKAGE = (str(Path(__file__).parent),)  # whose frames a warning is not about
 ops = torch.ops.aten
 
 # What inductor is slow at on a CPU, and how else it can be said: its tanh takes six times its exp;
@@ -70,7 +73,7 @@ class Lowered:
 
     def __init__(self, pair: Pair, function: Function, *tensors: Tensor):
         self.holder = _Holder(pair, function)
-        self.constants = pair.constants()
+        self.held = self._held()
         named = self._named()
         self.trained = [tensor.requires_grad for tensor in named.values()]
         self.state = {name: tensor.detach() for name, tensor in named.items()}
@@ -99,7 +102,11 @@ class Lowered:
         if shapes != {name: tensor.shape for name, tensor in named.items()}:
             return False
         self.state = {name: tensor.detach() for name, tensor in named.items()}
-        return self.constants == self.holder.pair.constants()
+        return self.held == self._held()
+
+    def _held(self) -> list[Any]:
+        pair = self.holder.pair
+        return held_by([pair, type(pair).model, type(pair).guide])
 
     def _named(self) -> dict[str, Tensor]:
         return dict(self.holder.named_parameters()) | dict(self.holder.named_buffers())
@@ -201,7 +208,8 @@ def _drawn(graph: fx.GraphModule) -> set[fx.Node]:
             schema = getattr(node.target, "_schema", None)
             if node in drawn and schema is not None and schema.is_mutable:
                 written = node.args[0]
-                if written not in drawn and written.all_input_nodes:
+                made = getattr(written.target, "_schema", None)
+                if made is None or any(value.alias_info for value in made.returns):
                     raise CannotLower(f"a draw is written into {written}, which is not one")
                 drawn.add(written)
     return {node for node in drawn if node.op != "output"}

@@ -131,15 +131,6 @@ class Pair(nn.Module):
         """Names of the observed sites, where a declaration tells them."""
         return []
 
-    def constants(self) -> dict[str, Any]:
-        """Plain numbers that its modules hold, and that a graph read out of it has as they were."""
-        return {
-            f"{name}.{key}": value
-            for name, module in self.named_modules()
-            for key, value in vars(module).items()
-            if isinstance(value, int | float | str)
-        }
-
     def draw(self, batch: Batch, num_particles: int = 1, proposal: str = "guide") -> Particles:
         """Draw and weigh particles for a batch; differentiable. See `particles.draw`.
 

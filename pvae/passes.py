@@ -16,7 +16,7 @@ from torch import Tensor, fx
 
 from pvae.fence import evaluating, fenced, module_device
 from pvae.likelihoods import CheapLikelihoods
-from pvae.lowering import CannotLower, Lowered, compiled, hoist
+from pvae.lowering import PACKAGE, CannotLower, Lowered, compiled, hoist
 from pvae.pair import Columns, Pair
 from pvae.particles import Particles
 from pvae.step import Speed
@@ -102,7 +102,8 @@ def _lower(
     try:
         return _Pass(pair, columns, block, size, proposal, speed == "compiled")
     except CannotLower as error:
-        warnings.warn(f"Weights are drawn without being compiled: {error}.", stacklevel=7)
+        what = f"Weights are drawn without being compiled: {error}."
+        warnings.warn(what, skip_file_prefixes=PACKAGE)
     try:
         return _Pass(pair, columns, block, size, proposal, False) if speed == "compiled" else None
     except CannotLower:

@@ -152,14 +152,6 @@ class PyroPair(Pair):
             if all(id(p) in ours for p in trained) and module not in self.modules_used:
                 self.modules_used.append(module)
 
-    def constants(self) -> dict[str, Any]:
-        """With those of the object whose methods the programs are."""
-        found = super().constants()
-        for program in self._programs:
-            held = vars(getattr(program, "__self__", object))
-            found |= {k: v for k, v in held.items() if isinstance(v, int | float | str)}
-        return found
-
     def columns(self, data: Any) -> Columns:
         """The data as columns, with the pair prepared for them."""
         return Columns(data)

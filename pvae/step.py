@@ -116,8 +116,10 @@ class Step:
         self._update = self._replay = None
 
     def restart(self) -> None:
-        """Begin new sums."""
+        """Begin new sums, with the optimiser as it is now."""
         self.totals.zero_()
+        if self._update is not None and not self._update.is_current():
+            self._update = None
 
     def follows(self) -> bool:
         """Whether the graph, if there is one, is still that of the pair as it is now."""
@@ -197,8 +199,7 @@ class Step:
         if not len(self.totals):
             self.totals = torch.zeros_like(values, dtype=torch.float64)
         self.totals.add_(values, alpha=num_data)
-        if self._update is not None and self._update.fits(gradients):
-            self._update(gradients)
+        if self._update is not None and self._update(gradients):
             return
         for parameter, gradient in zip(self.parameters, gradients, strict=True):
             parameter.grad = gradient
@@ -291,19 +292,22 @@ class _Update:
         both = [(p, g) for p, g in zip(parameters, gradients, strict=True) if g is not None]
         return cls(optimizer, [p for p, _ in both], [g for _, g in both])
 
-    def fits(self, gradients: Sequence[Tensor | None]) -> bool:
-        """Whether these are gradients of the same parameters, for the same settings."""
-        given = sum(gradient is not None for gradient in gradients)
+    def is_current(self) -> bool:
+        """Whether the optimiser has the settings, and the tensors of rates, that it had."""
         groups = self.optimizer.param_groups
-        return (
-            given == self.num_parameters
-            and all(rate is group["lr"] for rate, group in zip(self.rates, groups, strict=True))
-            and self.settings == _settings(self.optimizer)
+        same_rates = all(
+            rate is group["lr"] for rate, group in zip(self.rates, groups, strict=True)
         )
+        return same_rates and self.settings == _settings(self.optimizer)
 
-    def __call__(self, gradients: Sequence[Tensor | None]) -> None:
+    def __call__(self, gradients: Sequence[Tensor | None]) -> bool:
+        """Update the parameters, unless others have gradients than those it was made for."""
+        given = [gradient for gradient in gradients if gradient is not None]
+        if len(given) != self.num_parameters:
+            return False
         with torch.no_grad():
-            self.graph(*self.tensors, *(g for g in gradients if g is not None))
+            self.graph(*self.tensors, *given)
+        return True
 
     def _run(self, *tensors: Tensor) -> None:
         """A step of a copy of the optimiser that holds these tensors for its own."""

@@ -180,8 +180,9 @@ def _speed(
         return "compiled" if compile else "eager"
     if not isinstance(run.objective, Objective):
         return "eager"
-    an_epoch = math.inf if run.source.num_batches is None else run.source.num_batches
-    planned = math.inf if epochs is None else epochs * an_epoch
+    if run.source.num_batches is None:  # of a stream, whose length nobody knows
+        return "traced"
+    planned = math.inf if epochs is None else epochs * run.source.num_batches
     planned = min(planned, math.inf if steps is None else steps)
     return "compiled" if planned >= LONG else "traced" if planned >= SHORT else "eager"
 

@@ -25,7 +25,7 @@ from pvae.batches import Source
 from pvae.declare import LatentModel
 from pvae.failure import bad_datum_of_gradient, bad_parameters, bad_site, is_bad
 from pvae.fence import evaluating, fenced
-from pvae.lowering import CannotLower
+from pvae.lowering import PACKAGE, CannotLower
 from pvae.objectives import Objective
 from pvae.pair import Batch, Columns, Pair
 from pvae.passes import blocks
@@ -155,7 +155,8 @@ class Run:
         try:
             self.step.lower(self._speed == "compiled")
         except CannotLower as error:
-            warnings.warn(f"The fit runs without being compiled: {error}.", stacklevel=4)
+            what = f"The fit runs without being compiled: {error}."
+            warnings.warn(what, skip_file_prefixes=PACKAGE)
 
     def _epoch(self, steps: int | None) -> dict[str, Any]:
         start = time.perf_counter()

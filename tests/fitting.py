@@ -1,5 +1,6 @@
 """Small models and how the tests fit them."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pyro
@@ -106,6 +107,18 @@ class AnnealedModule(Annealed, nn.Module):
     """The same, held by a module."""
 
 
+class AnnealedBySettings(AnnealedModule):
+    """The same, in an object beside the networks."""
+
+    @property
+    def beta(self) -> Any:
+        return self.settings.beta
+
+    @beta.setter
+    def beta(self, value: Any) -> None:
+        self.settings = SimpleNamespace(beta=value)
+
+
 class AnnealedDeclared(LatentModel):
     """A declared model whose subclass does the same."""
 
@@ -137,6 +150,12 @@ def annealed_by_hand(beta: Any = 1.0) -> tuple[PyroPair, Any]:
 def annealed_by_plain_object(beta: Any = 1.0) -> tuple[PyroPair, Any]:
     """A pair, and what holds its KL weight, which is no module."""
     programs = Annealed(beta)
+    return PyroPair(programs.model, programs.guide), programs
+
+
+def annealed_by_settings(beta: Any = 1.0) -> tuple[PyroPair, Any]:
+    """A pair, and what sets the object that holds its KL weight."""
+    programs = AnnealedBySettings(beta)
     return PyroPair(programs.model, programs.guide), programs
 
 

@@ -24,6 +24,7 @@ from pvae.training import Run
 from tests.fitting import (
     annealed_by_hand,
     annealed_by_plain_object,
+    annealed_by_settings,
     annealed_declared,
     assert_same_fit,
     binary,
@@ -214,6 +215,15 @@ def test_a_plain_number_that_keeps_changing_ends_in_pyro_after_one_line(readings
     assert readings["program"] == step.MOST_LOWERINGS
     assert_same_fit(annealed(eager, make, 1.0, values), lowered)
     assert_followed(lowered, values)
+
+
+@pytest.mark.filterwarnings("ignore:The fit runs without being compiled")  # as well it may
+@pytest.mark.parametrize("kind", [float, torch.tensor])
+@pytest.mark.parametrize("make", [*HOLDERS, annealed_by_settings])
+def test_no_kl_weight_is_taken_for_what_it_was(make, kind):
+    """Whatever holds it, be it a number or a tensor that is no buffer."""
+    values = [kind(beta) for beta in (0.2, 0.5, 1.0)]
+    assert_same_fit(*(annealed(run, make, kind(1.0), values) for run in (eager, traced)))
 
 
 @pytest.mark.parametrize("objective", [pvae.ELBO(2), pvae.IWAE(3)], ids=repr)
