@@ -7,8 +7,9 @@ p(x) = Σ_c π_c N(x; μ_c, Σ_c). Sources: Dempster, Laird & Rubin 1977, "Maxim
 incomplete data via the EM algorithm"; Bishop 2006, "Pattern recognition and machine learning",
 chapter 9.
 
-Both steps run over blocks of rows and keep sums only, so memory does not grow with N x C. They are
-matrix products in float64 on centred data (see `rows`).
+Both steps run over blocks of rows and keep sums only, so memory does not grow with N x C. With
+diagonal covariances each step is one matrix product with the rows [x, x²], in float32 if the data
+are and its rounding allows (see `_update`); all else is in float64.
 """
 
 import difflib
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.linalg import solve_triangular
+from torch.linalg import solve_triangular, vector_norm
 
 from pvae.baselines.rows import as_rows, blocks, mean
 
@@ -29,8 +30,10 @@ if TYPE_CHECKING:
 __all__ = ["COVARIANCES", "GaussianMixture", "fit_em"]
 
 COVARIANCES = ("diag", "full", "spherical", "tied")
+DIAGONAL = ("diag", "spherical")
 EMPTY = 10 * torch.finfo(torch.float64).eps  # a component claiming fewer data than this is empty
 NEGLIGIBLE = 1e-30  # far below `EMPTY`: responsibilities that no sum notices
+TOLERANCE = 1e-3  # nats by which rounding to float32 may put log p(c, x) wrong during a fit
 NUM_LLOYD = 10  # k-means iterations before EM
 NUM_SEEDED = 10_000  # k-means++ looks at this many data, or 20 a component
 
@@ -105,9 +108,10 @@ class GaussianMixture:
         """`function` of log p(c, x), block by block: in the mixture's type, on the device of x."""
         rows = as_rows(x, size=self.means.shape[1])
         centre = mean(self.means)
-        centred = _centred(self, centre)
-        parts = blocks(rows.to(centre.device), centre, columns=len(self.weights))
-        result = torch.cat([function(_log_joint(block, centred)) for block in parts])
+        log_joint = _log_joint(_centred(self, centre))
+        squares = self.covariance in DIAGONAL
+        parts = blocks(rows.to(centre.device), centre, len(self.weights), squares=squares)
+        result = torch.cat([function(log_joint(block)) for block in parts])
         return result.to(rows.device, self.weights.dtype)
 
 
@@ -182,12 +186,53 @@ def _iterate(
     log_likelihood: list[float] = []
     converged = False
     while len(log_likelihood) < max_iter and not converged:
-        sums = _add_up(x, centre, mixture, _posterior)
-        mixture = _maximise(sums, mixture, regularisation)
-        log_likelihood.append(sums.log_likelihood.item() / len(x))
+        mixture, total = _update(x, centre, mixture, regularisation)
+        log_likelihood.append(total / len(x))
         converged = len(log_likelihood) > 1 and abs(log_likelihood[-1] - log_likelihood[-2]) < tol
     history = torch.tensor(log_likelihood, dtype=torch.float64)
     return replace(mixture, log_likelihood=history, converged=converged)
+
+
+def _update(
+    x: Tensor, centre: Tensor, mixture: GaussianMixture, regularisation: float
+) -> tuple[GaussianMixture, float]:
+    """One E and one M step: the updated mixture, and log p(x) before it, summed over the data.
+
+    With a diagonal covariance both steps subtract squares, which are large where a component is
+    narrow and far from the origin. Data in float32 are therefore centred among the narrow ones,
+    and the steps are in float32 if `_rounding` stays below `TOLERANCE` there: after the M step its
+    square, because log p(x) is flat at its maximum. The last resort is float64.
+    """
+    plain = torch.get_float32_matmul_precision() == "highest"  # or products round to fewer digits
+    if plain and x.dtype == torch.float32 and mixture.covariance in DIAGONAL:
+        origin = (centre + _narrow_centre(mixture)).to(x.dtype)
+        moved = replace(mixture, means=mixture.means + (centre - origin))
+        if _rounding(moved) < TOLERANCE:
+            sums = _add_up(x, origin, moved, _posterior(moved, x.dtype))
+            moved = _maximise(sums, moved, regularisation)
+            if _rounding(moved) ** 2 < TOLERANCE:
+                means = moved.means + (origin - centre)
+                return replace(moved, means=means), sums.log_likelihood.item()
+    sums = _add_up(x, centre, mixture, _posterior(mixture))
+    return _definite(_maximise(sums, mixture, regularisation)), sums.log_likelihood.item()
+
+
+def _narrow_centre(mixture: GaussianMixture) -> Tensor:
+    """The mean of the means, (D,), each element weighted by its precision: least Σ ((m - o)/σ)²."""
+    precision = _per_element(mixture).pow(-2)
+    return (precision * mixture.means).sum(dim=0) / precision.sum(dim=0)
+
+
+def _rounding(mixture: GaussianMixture) -> float:
+    """What float32 loses of log p(c, x), in nats: its rounding of the largest terms added up."""
+    scale = _per_element(mixture)
+    terms = (mixture.means / scale).square().sum(dim=1) + scale.log().sum(dim=1).abs()
+    return torch.finfo(torch.float32).eps / 2 * terms[mixture.weights != 0].max().item()
+
+
+def _per_element(mixture: GaussianMixture) -> Tensor:
+    """The standard deviations of a diagonal covariance, (C, D)."""
+    return mixture.scale_tril.reshape(len(mixture.means), -1).expand_as(mixture.means)
 
 
 class _Sums(NamedTuple):
@@ -199,7 +244,7 @@ class _Sums(NamedTuple):
     log_likelihood: Tensor  # (), nats
 
 
-_Assign = Callable[[Tensor, GaussianMixture], tuple[Tensor, Tensor]]
+_Assign = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 def _add_up(x: Tensor, centre: Tensor, mixture: GaussianMixture, assign: _Assign) -> _Sums:
@@ -213,41 +258,60 @@ def _add_up(x: Tensor, centre: Tensor, mixture: GaussianMixture, assign: _Assign
         xx=zeros(shape.get(mixture.covariance, (num_components, size))),
         log_likelihood=zeros(()),
     )
-    for block in blocks(x, centre, columns=num_components):
-        log_p, r = assign(block, mixture)
-        sums.log_likelihood.add_(log_p.sum())
+    for block in blocks(x, centre, num_components, squares=mixture.covariance in DIAGONAL):
+        log_p, r = assign(block)
+        sums.log_likelihood.add_(log_p.sum(dtype=torch.float64))
         sums.N.add_(r.sum(dim=0))
-        sums.x.addmm_(r.T, block)
+        rx = r.T @ block
+        sums.x.add_(rx[:, :size])
         match mixture.covariance:
             case "diag" | "spherical":
-                sums.xx.addmm_(r.T, block.square_())
+                sums.xx.add_(rx[:, size:])
             case "tied":
                 sums.xx.addmm_(block.T, block)
             case "full":
                 for c, r_c in enumerate(r.T):
-                    claimed = r_c > NEGLIGIBLE  # few: most data have one likely component
+                    claimed = r_c > 0  # few: most data have one likely component
                     rows = block[claimed]
                     sums.xx[c].addmm_(rows.T * r_c[claimed], rows)
     return sums
 
 
-def _posterior(x: Tensor, mixture: GaussianMixture) -> tuple[Tensor, Tensor]:
+def _posterior(mixture: GaussianMixture, dtype: torch.dtype = torch.float64) -> _Assign:
     """The E step: log p(x) (B,) and the responsibilities (B, C) (Bishop 2006, eq. 9.23)."""
-    log_joint = _log_joint(x, mixture)
-    log_p = log_joint.logsumexp(dim=1)
-    return log_p, log_joint.sub_(log_p[:, None]).exp_()
+    log_joint = _log_joint(mixture, dtype)
+    least = math.log(NEGLIGIBLE) - 1
+
+    def assign(block: Tensor) -> tuple[Tensor, Tensor]:
+        r = log_joint(block)
+        top = r.amax(dim=1, keepdim=True)
+        r.sub_(top).clamp_(min=least).exp_()  # unclamped, most underflow: exp is 20 times slower
+        total = r.sum(dim=1, keepdim=True)
+        r.div_(total)
+        return (top + total.log()).squeeze(dim=1), torch.threshold_(r, NEGLIGIBLE, 0.0)
+
+    return assign
 
 
-def _nearest(x: Tensor, mixture: GaussianMixture) -> tuple[Tensor, Tensor]:
+def _nearest(means: Tensor) -> _Assign:
     """k-means: 1 for the component with the nearest mean, 0 for others (Bishop 2006, eq. 9.2)."""
-    distance = torch.addmm(mixture.means.square().sum(dim=1), x, mixture.means.T, alpha=-2)
-    one_hot = torch.zeros_like(distance).scatter_(1, distance.argmin(dim=1, keepdim=True), 1)
-    return x.new_zeros(len(x)), one_hot
+    squares = means.square().sum(dim=1)
+
+    def assign(block: Tensor) -> tuple[Tensor, Tensor]:
+        x = block[:, : means.shape[1]]
+        distance = torch.addmm(squares, x, means.T, alpha=-2)
+        one_hot = torch.zeros_like(distance).scatter_(1, distance.argmin(dim=1, keepdim=True), 1)
+        return x.new_zeros(len(x)), one_hot
+
+    return assign
 
 
 def _maximise(sums: _Sums, previous: GaussianMixture, regularisation: float) -> GaussianMixture:
-    """The M step (Bishop 2006, eqs 9.24-9.26). An empty component keeps its mean and covariance."""
-    filled = sums.N > EMPTY
+    """The M step (Bishop 2006, eqs 9.24-9.26). An empty component keeps its mean and covariance.
+
+    Where a covariance is not positive definite, `scale_tril` is NaN.
+    """
+    filled = ~(sums.N <= EMPTY)  # NaN is not hidden as emptiness
     N = sums.N[filled]
     m = sums.x[filled] / N[:, None]
     means, scale_tril = previous.means.clone(), previous.scale_tril.clone()
@@ -269,37 +333,30 @@ def _maximise(sums: _Sums, previous: GaussianMixture, regularisation: float) -> 
     return replace(previous, weights=weights, means=means, scale_tril=scale_tril)
 
 
-def _log_joint(x: Tensor, mixture: GaussianMixture) -> Tensor:
-    """log π_c + log N(x_n; μ_c, Σ_c) of a block (B, D): (B, C)."""
-    m, scale = mixture.means, mixture.scale_tril
-    log_weights = mixture.weights.log()
-    match mixture.covariance:
-        case "diag":
-            return _diagonal(x, m, scale) + log_weights
-        case "spherical":
-            return _diagonal(x, m, scale[:, None].expand_as(m)) + log_weights
-        case "tied":
-            x, m = _whiten(x, scale), _whiten(m, scale)
-            log_volume = scale.diagonal().log().sum()
-            return _diagonal(x, m, torch.ones_like(m)) + (log_weights - log_volume)
-    log_volumes = scale.diagonal(dim1=1, dim2=2).log().sum(dim=1)
-    constant = log_weights - log_volumes - x.shape[1] / 2 * math.log(2 * math.pi)
-    distances = [_whiten(x - m_c, L).square().sum(dim=1) for m_c, L in zip(m, scale, strict=True)]
-    return constant - torch.stack(distances, dim=1) / 2
+def _log_joint(
+    mixture: GaussianMixture, dtype: torch.dtype = torch.float64
+) -> Callable[[Tensor], Tensor]:
+    """log π_c + log N(x_n; μ_c, Σ_c), (B, C), as a function of a block, [x, x²] if diagonal."""
+    m, L = mixture.means, mixture.scale_tril
+    constant = mixture.weights.log() - m.shape[1] / 2 * math.log(2 * math.pi)
+    if mixture.covariance in DIAGONAL:  # the square multiplied out: one product with [x, x²]
+        scale = _per_element(mixture)
+        precision = scale.pow(-2)
+        constant = constant - (m / scale).square().sum(dim=1) / 2 - scale.log().sum(dim=1)
+        factors = torch.cat([m * precision, precision / -2], dim=1).to(dtype)
+        return lambda block: torch.addmm(constant.to(dtype), block, factors.T)
+    constant = constant - L.diagonal(dim1=-2, dim2=-1).log().sum(dim=-1)
+    whiten = solve_triangular(L, torch.eye(m.shape[1]).to(L), upper=False).mT  # x L⁻ᵀ, a row x
+    if mixture.covariance == "tied":
+        return lambda x: constant - torch.cdist(x @ whiten, m @ whiten).square_() / 2
+    offsets = -(m[:, None] @ whiten)
 
+    def full(x: Tensor) -> Tensor:
+        y, components = torch.empty_like(x), zip(offsets, whiten, strict=True)
+        distances = [vector_norm(torch.addmm(b, x, A, out=y), dim=1) for b, A in components]
+        return constant - torch.stack(distances, dim=1).square_() / 2
 
-def _diagonal(x: Tensor, m: Tensor, scale: Tensor) -> Tensor:
-    """log N(x_n; m_c, diag scale_c²), (B, C): the square multiplied out, two matrix products."""
-    precision = scale.pow(-2)
-    constant = -(m.square() * precision).sum(dim=1) / 2 - scale.log().sum(dim=1)
-    constant = constant - x.shape[1] / 2 * math.log(2 * math.pi)
-    linear = torch.addmm(constant, x, (m * precision).T)
-    return linear.addmm_(x.square(), precision.T, alpha=-0.5)
-
-
-def _whiten(x: Tensor, L: Tensor) -> Tensor:
-    """L⁻¹ x_n for each row x_n. A triangular solve costs half a product with the inverse."""
-    return solve_triangular(L, x.T, upper=False).T
+    return full
 
 
 def _k_means(x: Tensor, centre: Tensor, num_components: int, generator: torch.Generator) -> Tensor:
@@ -313,7 +370,8 @@ def _k_means(x: Tensor, centre: Tensor, num_components: int, generator: torch.Ge
     seeds, _ = kmeans_plusplus(part, num_components, random_state=random_state)
     mixture = _broad(torch.from_numpy(seeds).to(centre), "spherical", 1.0)
     for _ in range(NUM_LLOYD):
-        mixture = _maximise(_add_up(x, centre, mixture, _nearest), mixture, regularisation=1.0)
+        sums = _add_up(x, centre, mixture, _nearest(mixture.means))
+        mixture = _maximise(sums, mixture, regularisation=1.0)
     return mixture.means
 
 
@@ -324,7 +382,8 @@ def _from_means(
     variance = sum(block.square().sum() for block in blocks(x, centre)) / x.numel()
     spread = math.sqrt(variance + regularisation)
     broad = _broad(means, covariance, spread)
-    return _maximise(_add_up(x, centre, broad, _nearest), broad, regularisation)
+    sums = _add_up(x, centre, broad, _nearest(means))
+    return _definite(_maximise(sums, broad, regularisation))
 
 
 def _broad(means: Tensor, covariance: str, spread: float) -> GaussianMixture:
@@ -358,26 +417,26 @@ def _centred(mixture: GaussianMixture, centre: Tensor) -> GaussianMixture:
 
 
 def _square_root(variance: Tensor) -> Tensor:
-    """Standard deviations, refusing variances that are not positive."""
-    _refuse_unless((variance > 0).all())
-    return variance.sqrt()
+    """Standard deviations, NaN for variances that are not positive."""
+    return variance.where(variance > 0, math.nan).sqrt()
 
 
 def _cholesky(covariance: Tensor, regularisation: float) -> Tensor:
-    """The Cholesky factor of `covariance` + `regularisation` I, refusing what has none."""
+    """The Cholesky factor of `covariance` + `regularisation` I, NaN where there is none."""
     covariance.diagonal(dim1=-2, dim2=-1).add_(regularisation)
     factor, info = torch.linalg.cholesky_ex(covariance)
-    _refuse_unless((info == 0).all() & factor.isfinite().all())
-    return factor
+    return factor.where((info == 0)[..., None, None], math.nan)
 
 
-def _refuse_unless(positive_definite: Tensor) -> None:
-    if not positive_definite:
+def _definite(mixture: GaussianMixture) -> GaussianMixture:
+    """`mixture`, refused unless each covariance is positive definite."""
+    if not mixture.scale_tril.isfinite().all():
         raise ValueError(
             "Each covariance must be positive definite, got one that is not: in some direction the "
             "data of a component do not vary. Raise `regularisation`, ask for fewer components, "
             "or add noise to the data (dequantise grey levels)."
         )
+    return mixture
 
 
 def _check(

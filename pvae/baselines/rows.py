@@ -4,7 +4,7 @@
 
 The baselines calculate in float64 whatever the data's type, because their matrix products subtract
 large numbers: with 50 diagonal components on dequantised MNIST, centred, float32 puts log p(x)
-wrong by up to 2.4 nats a datum.
+wrong by up to 4 nats a datum. EM takes float32 only where it has found a better centre.
 """
 
 from collections.abc import Iterator
@@ -36,15 +36,24 @@ def as_rows(data: Any, size: int | None = None) -> Tensor:
     return x
 
 
-def blocks(x: Tensor, centre: Tensor, columns: int = 1) -> Iterator[Tensor]:
-    """Yield x - centre in float64, a block (B, D) at a time; B falls with D and `columns`.
+def blocks(
+    x: Tensor, centre: Tensor, columns: int = 0, *, squares: bool = False
+) -> Iterator[Tensor]:
+    """Yield x - centre in the type of `centre`, a block (B, D) at a time.
 
-    Each block overwrites the one before: fresh memory would cost more in page faults than the sums.
+    With `squares` each row is followed by its squares, (B, 2 D). The caller may make D and
+    `columns` more numbers of a row: B falls with both. Each block overwrites the one before: fresh
+    memory would cost more in page faults than the sums.
     """
-    num_rows = max(1, BLOCK_ELEMENTS[x.device.type] // max(x.shape[1], columns))
-    buffer = torch.empty_like(x[:num_rows], dtype=torch.float64)
-    for block in x.split(num_rows):
-        yield buffer[: len(block)].copy_(block).sub_(centre)
+    size = x.shape[1]
+    num_rows = max(1, BLOCK_ELEMENTS[x.device.type] // (2 * size + columns))
+    buffer = centre.new_empty(min(num_rows, len(x)), 2 * size if squares else size)
+    for rows in x.split(num_rows):
+        block = buffer[: len(rows)]
+        torch.sub(rows.to(centre.dtype), centre, out=block[:, :size])
+        if squares:
+            torch.square(block[:, :size], out=block[:, size:])
+        yield block
 
 
 def mean(x: Tensor) -> Tensor:

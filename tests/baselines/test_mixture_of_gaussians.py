@@ -1,5 +1,6 @@
 """EM against scikit-learn's, and its densities against torch.distributions, on real digits."""
 
+import math
 import warnings
 from dataclasses import replace
 
@@ -18,7 +19,7 @@ from torch.distributions import (
     Normal,
 )
 
-from pvae.baselines import GaussianMixture, fit_em, rows
+from pvae.baselines import GaussianMixture, fit_em, mixture_of_gaussians, rows
 from pvae.baselines.mixture_of_gaussians import COVARIANCES
 from pvae.data import load_data
 
@@ -133,30 +134,117 @@ def test_block_size_does_not_matter(digits, covariance, monkeypatch):
     train, test = digits[0][:300], digits[1]
     whole = fit(train, covariance, max_iter=4, tol=0.0)
     expected = whole.log_prob(test)
-    monkeypatch.setitem(rows.BLOCK_ELEMENTS, "cpu", 64 * 7)  # 7 rows, the last block has 6
+    monkeypatch.setitem(
+        rows.BLOCK_ELEMENTS, "cpu", (64 + 64 + 8) * 7
+    )  # 7 rows, the last block has 6
     by_blocks = fit(train, covariance, max_iter=4, tol=0.0)
     torch.testing.assert_close(by_blocks.log_likelihood, whole.log_likelihood, rtol=0, atol=1e-8)
     torch.testing.assert_close(by_blocks.log_prob(test), expected, rtol=1e-9, atol=1e-8)
 
 
+@pytest.mark.parametrize("offset", [0, 100])
 @every_covariance
-def test_float32_is_close_to_float64(digits, covariance):
-    train, test = digits
-    start = fit(train, covariance, max_iter=1)
-    fitted = fit(train.float(), covariance, start=start, max_iter=20)
-    expected = fit(train, covariance, start=start, max_iter=20)
-    tensors = (fitted.weights, fitted.means, fitted.scale_tril, fitted.log_prob(test.float()))
+def test_float32_is_close_to_float64(digits, covariance, offset):
+    train, test = ((part + offset).float() for part in digits)
+    start = fit(train.double(), covariance, max_iter=1)
+    fitted = fit(train, covariance, start=start, max_iter=20, tol=0.0)
+    expected = fit(train.double(), covariance, start=start, max_iter=20, tol=0.0)
+    tensors = (fitted.weights, fitted.means, fitted.scale_tril, fitted.log_prob(test))
     assert {t.dtype for t in tensors} == {torch.float32}
-    log_p = fitted.log_prob(test.float()).double()
-    torch.testing.assert_close(log_p, expected.log_prob(test), rtol=0, atol=1e-3)
+    close = {"rtol": 0, "atol": 1e-3}
+    torch.testing.assert_close(fitted.log_likelihood, expected.log_likelihood, **close)
+    # Rounded to float32, the means alone move log p(x) by up to 0.03 nats at the offset.
+    atol = 1e-3 if offset == 0 else 0.1
+    log_p = fitted.log_prob(test).double()
+    torch.testing.assert_close(log_p, expected.log_prob(test.double()), rtol=0, atol=atol)
+
+
+@pytest.fixture
+def steps_in(monkeypatch) -> list[torch.dtype]:
+    """The type of each pass over the data, in turn."""
+    types = []
+    add_up = mixture_of_gaussians._add_up
+
+    def record(x: Tensor, centre: Tensor, *rest: object) -> object:
+        types.append(centre.dtype)
+        return add_up(x, centre, *rest)
+
+    monkeypatch.setattr(mixture_of_gaussians, "_add_up", record)
+    return types
+
+
+@pytest.mark.parametrize("covariance", ["diag", "spherical"])
+def test_steps_are_in_the_type_of_the_data(digits, covariance, steps_in):
+    start = fit(digits[0], covariance, max_iter=1)
+    for x in (digits[0], digits[0].float()):
+        steps_in.clear()
+        fit(x, covariance, start=start, max_iter=5, tol=0.0)
+        assert steps_in == [x.dtype] * 5
+
+
+def two_narrow_components() -> Tensor:
+    centres = torch.tensor([[0.0], [1.0]], dtype=torch.float64).expand(2, 300)
+    spread = 2.0**-11  # squared and divided by, the distance 1/2 to the centre is 10^6
+    return (centres.repeat(200, 1) + spread * torch.randn(400, 300).double()).float()
+
+
+def at_quarters(scale: float) -> GaussianMixture:
+    return GaussianMixture(
+        weights=torch.tensor([0.5, 0.5]),
+        means=torch.tensor([[0.25], [0.75]]).expand(2, 300),
+        scale_tril=torch.full((2, 300), scale),
+        covariance="diag",
+        log_likelihood=torch.empty(0),
+        converged=False,
+    )
+
+
+def test_components_that_turn_narrow_are_found_again_in_float64(steps_in):
+    x = two_narrow_components()
+    fitted = fit_em(x, 2, start=at_quarters(1.0), max_iter=1, device="cpu", regularisation=0.0)
+    assert steps_in == [torch.float32, torch.float64]
+    spread = torch.stack([half.double().std(dim=0, correction=0) for half in (x[::2], x[1::2])])
+    torch.testing.assert_close(fitted.scale_tril, spread.float())
+
+
+def test_components_too_narrow_for_float32_are_left_in_float64(steps_in):
+    x = two_narrow_components()
+    narrow = at_quarters(2.0**-11)
+    fitted = fit_em(x, 2, start=narrow, max_iter=1, device="cpu", regularisation=1.0)
+    assert steps_in == [torch.float64]
+    expected = fit_em(
+        x.double(), 2, start=narrow, max_iter=1, device="cpu", regularisation=1.0
+    ).log_likelihood
+    torch.testing.assert_close(fitted.log_likelihood, expected, rtol=0, atol=1e-6)
+
+
+def test_squares_that_overflow_float32_do_no_harm(digits):
+    x, scale = digits[0].float(), 2.0**100
+    options = {"max_iter": 3, "tol": 0.0, "regularisation": 0.0}
+    expected = fit(x, means=x[:NUM_COMPONENTS], **options)
+    scaled = fit(x * scale, means=x[:NUM_COMPONENTS] * scale, **options)
+    torch.testing.assert_close(scaled.means / scale, expected.means)
+    change = -64 * 100 * math.log(2)  # log p is a density: of 64 elements, each 2^100 as wide
+    torch.testing.assert_close(
+        scaled.log_likelihood, expected.log_likelihood + change, rtol=0, atol=2e-3
+    )
+
+
+def test_float32_products_of_fewer_digits_are_not_used(digits, steps_in):
+    start = fit(digits[0], max_iter=1)
+    steps_in.clear()
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        fit(digits[0].float(), start=start, max_iter=1)
+    finally:
+        torch.set_float32_matmul_precision(precision)
+    assert steps_in == [torch.float64]
 
 
 def test_narrow_components_far_from_the_centre_keep_their_digits_in_float32():
-    centres = torch.tensor([[0.0], [1.0]], dtype=torch.float64).expand(2, 300)
-    spread = 2.0**-11  # squared and divided by, the distance 1/2 to the centre is 10^6
-    x = centres.repeat(200, 1) + spread * torch.randn(400, 300, dtype=torch.float64)
-    x = x.float()
-    fitted = fit_em(x, 2, means=centres, device="cpu", regularisation=0.0)
+    x = two_narrow_components()
+    fitted = fit_em(x, 2, means=x[:2], device="cpu", regularisation=0.0)
     p = as_distribution(fitted)
     components = Independent(Normal(fitted.means.double(), fitted.scale_tril.double()), 1)
     p = MixtureSameFamily(Categorical(fitted.weights.double()), components)
