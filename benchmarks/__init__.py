@@ -1,0 +1,1 @@
+"""pvae and its peers, side by side in one run: `python -m benchmarks`. See README.md."""
