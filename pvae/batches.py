@@ -104,7 +104,8 @@ class Streamed:
         """Batches of an epoch, the next one on its way while one is used."""
         seen, ahead = 0, None
         for columns in self._batches(number):
-            rows = tuple(t.to(self.device, non_blocking=True) for t in columns.tensors())
+            values = [columns.columns[name].values for name in self.columns.columns]
+            rows = tuple(value.to(self.device, non_blocking=True) for value in values)
             if ahead is not None:
                 yield ahead
             ahead = rows, torch.arange(seen, seen + len(columns))

@@ -6,6 +6,7 @@ graph is used again, what the program holds now is compared with what it held th
 """
 
 import inspect
+from functools import partial
 from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 __all__ = ["held_by"]
 
-PLAIN = (bool, int, float, complex, str, bytes, type(None))
+PLAIN = (bool, int, float, complex, str, bytes, type(None), np.generic)
 OURS = ("pvae", "torch", "pyro", "builtins")  # libraries, whose functions hold nothing of a model's
 LONGEST = 100  # a longer sequence is taken for data, and known by its identity
 
@@ -28,12 +29,24 @@ def held_by(root: Any) -> list[Any]:
         value = left.pop()
         if isinstance(value, PLAIN):
             found.append(repr(value))  # in which NaN is equal to itself
-        elif isinstance(value, Tensor | np.ndarray):
-            found.append(id(value))
+        elif isinstance(value, np.ndarray):
+            found.append(value.tobytes() if value.size <= LONGEST else _Same(value))
+        elif isinstance(value, Tensor):
+            found.append(_Same(value))
         elif id(value) not in seen:
             seen.add(id(value))
             left += _parts(value)
     return found
+
+
+class _Same:
+    """Equal to itself alone; holds the object, whose id another one could have later."""
+
+    def __init__(self, value: Any):
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self.value is other.value
 
 
 def _parts(value: Any) -> list[Any]:
@@ -45,6 +58,8 @@ def _parts(value: Any) -> list[Any]:
         return list(value.values())[:LONGEST]
     if isinstance(value, list | tuple):
         return list(value) if len(value) <= LONGEST else [id(value)]
+    if isinstance(value, partial):
+        return [value.func, value.args, value.keywords]
     if isinstance(value, MethodType):
         return [value.__self__, value.__func__]
     if isinstance(value, FunctionType):

@@ -11,6 +11,7 @@ one pass over memory. So only compiled weight passes use it.
 from typing import Any, ClassVar
 
 import torch
+from pyro.distributions import Bernoulli as PyroBernoulli
 from pyro.distributions import TorchDistribution
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
@@ -28,7 +29,7 @@ class CheapLikelihoods(Messenger):
         fn = msg["fn"]
         if not msg["is_observed"] or not isinstance(fn, Independent):
             return
-        if isinstance(fn.base_dist, Bernoulli):
+        if type(fn.base_dist) in (Bernoulli, PyroBernoulli):  # a subclass may have its own log_prob
             msg["fn"] = _Bits(fn)
 
 

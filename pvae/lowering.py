@@ -9,7 +9,7 @@ from, and before it is trusted its results are compared with the program's: they
 for bit. Compiled, it adds in another order, so the last bits differ.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,27 +65,36 @@ class Lowered:
     Args:
         pair: whose parameters and buffers are inputs of the graph, so that it follows training.
         function: of the pair and tensors; it may differentiate in the pair's parameters.
-        tensors: an example, whose values do not matter.
+        own: an example of what changes from call to call, rows along the first dimension.
+        fixed: what stays, before the tensors of `own` in the function's arguments.
 
     Raises:
         CannotLower: if the program depends on values, or its graph gives other results.
     """
 
-    def __init__(self, pair: Pair, function: Function, *tensors: Tensor):
+    def __init__(
+        self,
+        pair: Pair,
+        function: Function,
+        own: Sequence[Tensor],
+        fixed: Sequence[Tensor] = (),
+    ):
         self.holder = _Holder(pair, function)
-        self.held = self._held()
         named = self._named()
         self.trained = [tensor.requires_grad for tensor in named.values()]
         self.state = {name: tensor.detach() for name, tensor in named.items()}
+        # Compared on other values than it was read with: the first row for every row.
+        others = (*fixed, *(tensor[:1].expand_as(tensor).contiguous() for tensor in own))
         try:
-            self.graph: Callable[..., Any] = self._apart(make_fx(self._run), tensors)
-            expected = self._apart(self._run, tensors)
-            found = self._apart(self.graph, tensors)
-            in_place = self._in_place(tensors)
+            self.graph: Callable[..., Any] = self._apart(make_fx(self._run), (*fixed, *own))
+            expected = self._apart(self._run, others)
+            found = self._apart(self.graph, others)
+            in_place = self._in_place(others)
         except Exception as error:
             raise CannotLower.because(error) from error
         if not _equal(expected, found) or not _equal(in_place, found):
             raise CannotLower("its results depend on more than parameters, data and random numbers")
+        self.held = self._held()
 
     def compile(self, *tensors: Tensor) -> None:
         """Have inductor compile the graph, with torch's own random numbers.

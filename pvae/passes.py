@@ -21,7 +21,7 @@ from pvae.pair import Columns, Pair
 from pvae.particles import Particles
 from pvae.step import Speed
 
-__all__ = ["blocks", "log_weights", "weigh"]
+__all__ = ["Weights", "blocks", "log_weights", "weigh"]
 
 MAX_ROWS = 2048  # particle-datum pairs in one pass: its activations fit a cache
 MAX_ROWS_CUDA = 2**17  # enough to keep a device busy
@@ -90,7 +90,7 @@ def weigh(
     lowered: _Pass | None = None
     for rows, passes in blocks(len(columns), num_particles, max_rows, MAX_WEIGHTS):
         block = [values[rows] for values in tensors]
-        if rows.start == 0 and speed != "eager":
+        if rows.start == 0 and speed != "eager" and len(passes) > 1:
             lowered = _lower(pair, columns, block, passes[0], proposal, speed)
         yield rows, _passes(pair, columns, block, passes, proposal, lowered, whole)
 
@@ -164,11 +164,32 @@ def log_weights(
     columns = pair.columns(data).realised().to(device)
     pair.prepare(columns.rows(slice(0, 13)))
     with evaluating(pair), fenced(seed, device):
-        found = [
-            torch.cat([weights for weights, _ in passes])
-            for _, passes in weigh(pair, columns, num_particles, proposal, max_rows=max_rows)
-        ]
+        found = []
+        for _, passes in weigh(pair, columns, num_particles, proposal, max_rows=max_rows):
+            weights = Weights(num_particles)
+            for some, _ in passes:
+                weights.add(some)
+            found.append(weights.whole)
     return torch.cat(found, dim=1)
+
+
+class Weights:
+    """Weights of a block, (K, n), filled pass by pass.
+
+    Kept as the small tensors that passes return, they would lie in the gaps that the large ones of
+    a pass leave, which then fit no more: memory would grow by a pass's need with each pass.
+    """
+
+    def __init__(self, num_particles: int):
+        self.num_particles, self.done = num_particles, 0
+        self.whole = torch.empty(0)
+
+    def add(self, some: Tensor) -> None:
+        """The weights (k, n) of the next pass."""
+        if self.done == 0:
+            self.whole = some.new_empty(self.num_particles, some.shape[1])
+        self.whole[self.done : self.done + len(some)] = some
+        self.done += len(some)
 
 
 class _Pass:
@@ -204,7 +225,7 @@ class _Pass:
 
         self.shapes = [values.shape for values in block]
         self.num_particles = num_particles
-        self.lowered = Lowered(pair, cheap if compile else weights, *block)
+        self.lowered = Lowered(pair, cheap if compile else weights, block)
         assert isinstance(self.lowered.graph, fx.GraphModule)
         self.hoisted, self.body = hoist(self.lowered.graph)
         self.begin(block)

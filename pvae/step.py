@@ -98,7 +98,7 @@ class Step:
             CannotLower: if that cannot be, or there is nothing to compile it with; then the graph
                 is used as it is.
         """
-        self.lowered = None
+        self.lowered = self._replay = None
         self._times_lowered += 1
         if self._times_lowered > MOST_LOWERINGS:
             raise CannotLower(
@@ -106,7 +106,8 @@ class Step:
             )
         own = self.source.example()
         with torch.random.fork_rng():
-            self.lowered = Lowered(self.pair, self.bound_and_gradients, *self.source.fixed, *own)
+            fixed = self.source.fixed
+            self.lowered = Lowered(self.pair, self.bound_and_gradients, own, fixed)
         self._shapes = [tensor.shape for tensor in own]
         if compile:
             self.lowered.compile(*self.source.fixed, *own)
@@ -287,7 +288,8 @@ class _Update:
     ) -> "_Update | None":
         """One for the parameters that have gradients, if the optimiser is one of torch's fused."""
         fused = all(group.get("fused") for group in optimizer.param_groups)
-        if not fused or type(optimizer) not in FUSED:
+        hooks = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
+        if not fused or type(optimizer) not in FUSED or hooks:
             return None
         both = [(p, g) for p, g in zip(parameters, gradients, strict=True) if g is not None]
         return cls(optimizer, [p for p, _ in both], [g for _, g in both])
@@ -298,7 +300,10 @@ class _Update:
         same_rates = all(
             rate is group["lr"] for rate, group in zip(self.rates, groups, strict=True)
         )
-        return same_rates and self.settings == _settings(self.optimizer)
+        in_place = all(
+            p.data_ptr() == t.data_ptr() for p, t in zip(self.order, self.tensors, strict=False)
+        )
+        return same_rates and in_place and self.settings == _settings(self.optimizer)
 
     def __call__(self, gradients: Sequence[Tensor | None]) -> bool:
         """Update the parameters, unless others have gradients than those it was made for."""
@@ -349,7 +354,8 @@ class _Replay:
     def __init__(self, function: Callable[..., None], tensors: Sequence[Tensor]):
         self.own = [tensor.clone() for tensor in tensors]
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+        # A loader's threads may allocate meanwhile, which is no concern of this graph.
+        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
             function(*self.own)
 
     def __call__(self, *tensors: Tensor) -> None:

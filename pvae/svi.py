@@ -149,6 +149,8 @@ def fit(
             "`patience` counts epochs without a better validation bound: give data by "
             "`validation=` as well."
         )
+    if compile not in (True, False, "auto"):
+        raise ValueError(f"`compile` must be True, False or 'auto', got {compile!r}.")
     counts = {"epochs": epochs, "steps": steps, "batch_size": batch_size, "patience": patience}
     for name, value in counts.items():
         if value is not None:
@@ -166,7 +168,7 @@ def fit(
     with fenced(seed, place):
         if folder is not None:
             run.open(folder, settings, steps, compiled_as_before=compile == "auto")
-        if "compiled" in (speed, settings["compiled"] and "compiled"):  # a run goes on as it began
+        if settings["compiled"] != (speed == "compiled"):  # a run goes on as it began
             speed = "compiled" if settings["compiled"] else "traced"
         run.train(epochs, steps, patience, progress, speed, settings)
     return Fit(model, history_table(run.history), settings, run.stopped, run.best_epoch)

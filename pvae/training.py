@@ -164,10 +164,15 @@ class Run:
         try:
             seen = self._steps(steps)
         except (ValueError, RuntimeError):  # torch refuses to draw from NaN
-            if self._is_finite():
+            if self._is_finite(before):
                 raise
-            seen = 0
-        if seen == 0 or not self._is_finite():
+            self._explain(before, steps)
+        if seen == 0:
+            raise ValueError(
+                f"The data yielded no batch in epoch {len(self.history) + 1}: an iterable must "
+                "begin anew each time that it is asked for."
+            )
+        if not self._is_finite(before):
             self._explain(before, steps)
         means = self.step.means(seen)
         row: dict[str, Any] = {"epoch": len(self.history) + 1, "step": self.steps}
@@ -195,9 +200,11 @@ class Run:
             seen += len(index)
         return seen
 
-    def _is_finite(self) -> bool:
-        tensors = [*self.step.totals, *checkpoint.module_tensors(self.model).values()]
-        return not any(is_bad(tensor) for tensor in tensors)
+    def _is_finite(self, before: "_Before") -> bool:
+        """Whether no sum, parameter or buffer has become bad: a mask of -inf may stay one."""
+        now = checkpoint.module_tensors(self.model)
+        spoilt = (is_bad(now[name]) and not is_bad(before.weights[name]) for name in now)
+        return not (is_bad(self.step.totals) or any(spoilt))
 
     def weights(self) -> dict[str, Tensor]:
         """A copy of the model's tensors."""

@@ -29,7 +29,7 @@ def loss(model, batch):
 
 def lower(model, batch):
     with fenced(0, CPU):
-        return Lowered(model, loss, batch)
+        return Lowered(model, loss, [batch])
 
 
 @pytest.fixture
@@ -92,7 +92,7 @@ def test_reading_a_step_changes_neither_the_model_nor_the_random_state():
     before = {name: value.clone() for name, value in model.state_dict().items()}
     state = torch.get_rng_state()
     with fenced(None, CPU):
-        Lowered(model, loss, binary())
+        Lowered(model, loss, [binary()])
     assert torch.equal(state, torch.get_rng_state())
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 

@@ -17,7 +17,7 @@ from pvae.evaluation.result import Evaluation
 from pvae.fence import evaluating, fenced, resolve_device
 from pvae.pair import Columns, Pair, guide_mean
 from pvae.particles import Particles, check_count
-from pvae.passes import weigh
+from pvae.passes import Weights, weigh
 from pvae.step import Speed
 
 __all__ = ["evaluate"]
@@ -111,6 +111,8 @@ def evaluate(
 
 def _speed(num_weights: int, compile: bool | Literal["auto"]) -> Speed:
     """What pays. A rule of numbers, not of times, so that results can be repeated."""
+    if compile not in (True, False, "auto"):
+        raise ValueError(f"`compile` must be True, False or 'auto', got {compile!r}.")
     if compile != "auto":
         return "compiled" if compile else "eager"
     return "compiled" if num_weights >= LONG else "traced" if num_weights >= SHORT else "eager"
@@ -175,20 +177,20 @@ class _Passes:
                 bar.update(rows.stop - rows.start)
 
     def _block(self, passes: Iterable[tuple[Tensor, Particles | None]]) -> None:
-        weights: list[Tensor] = []
+        weights = Weights(self.sizes[-1])
         terms: dict[str, Tensor] = {}
         kl: dict[str, Tensor] = {}
         means: dict[str, Tensor] = {}
         averaged = 0
         for log_weights, particles in passes:
-            weights.append(log_weights)
+            weights.add(log_weights)
             if particles is not None and averaged < PART_PARTICLES:  # sums, for these are large
                 self.measure = _measure(particles)
                 _add(terms, particles.terms())
                 _add(kl, unit_kl(particles))
                 _add_halves(means, unit_mean(particles), averaged)
                 averaged += particles.shape[0]
-        row = _bounds(torch.cat(weights), self.sizes)
+        row = _bounds(weights.whole, self.sizes)
         row |= {name: total / averaged for name, total in terms.items()}
         self.per_datum.append({name: value.cpu() for name, value in row.items()})
         for name, total in kl.items():
