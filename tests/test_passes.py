@@ -3,6 +3,7 @@
 import importlib
 import math
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -303,3 +304,29 @@ def test_without_a_compiler_weights_are_drawn_by_the_graph_as_it_is(monkeypatch,
     assert len(said) == 1
     assert calls == [50, 50]
     assert_same_evaluation(found, pvae.evaluate(pair, x, 100, compile=False))
+
+
+def test_the_weights_of_a_pass_are_let_go_once_they_are_copied(monkeypatch):
+    """Kept, they lie in the gaps of a pass's large tensors, and memory grows with each pass."""
+    kept, most = [], 0
+
+    def watched(*args, **kwargs):
+        for rows, some in weigh(*args, **kwargs):
+            yield rows, each(some)
+
+    def each(some):
+        nonlocal most
+        for weights, particles in some:
+            own = weights.clone()
+            del weights
+            kept.append(weakref.ref(own))
+            most = max(most, sum(tensor() is not None for tensor in kept))
+            yield own, particles
+
+    monkeypatch.setattr(passes, "weigh", watched)
+    monkeypatch.setattr(evaluation, "weigh", watched)
+    monkeypatch.setattr(passes, "MAX_ROWS", 20)
+    model = declare("vae")
+    pvae.log_weights(model, binary(), 40)
+    pvae.evaluate(model, binary(), 40)
+    assert 1 <= most <= 2
