@@ -136,3 +136,13 @@ def test_other_sites_are_left_alone(fn, x):
     site = cheap(lambda: pyro.sample("x", fn, obs=x))
     assert site["fn"] is fn
     assert torch.equal(site["log_prob"], fn.log_prob(site["value"]))
+
+
+def test_a_subclass_keeps_its_own_log_probability():
+    class Tempered(Bernoulli):
+        def log_prob(self, value):
+            return 0.5 * super().log_prob(value)
+
+    x = grey(3, 8).round()
+    fn = Independent(Tempered(logits=torch.randn(3, 8)), 1)
+    assert cheap(lambda: pyro.sample("x", fn, obs=x))["fn"] is fn

@@ -237,3 +237,59 @@ def test_auto_resumes_as_the_run_began(monkeypatch, tmp_path):
     pvae.fit(declare("vae"), binary(), folder=tmp_path, **(SETTINGS | {"steps": 30}))
     resumed = pvae.fit(declare("vae"), binary(), folder=tmp_path, **(SETTINGS | {"steps": 60}))
     assert resumed.settings["compiled"] is False
+
+
+def scaled_by(numbers):
+    """A function of a model and a batch that looks at the batch's values."""
+
+    def function(model, batch):
+        return [model.draw(batch, 2).log_weights.mean() * float(numbers(batch).mean())]
+
+    return function
+
+
+def test_values_that_leave_torch_on_the_way_are_noticed():
+    """`numpy()` is no operation of a graph, which would hold the first batch's mean for good."""
+    with fenced(0, CPU), pytest.raises(CannotLower, match="depend on more than parameters"):
+        Lowered(declare("vae"), scaled_by(lambda batch: batch.numpy()), [binary()])
+
+
+@pytest.mark.usefixtures("traced")
+def test_parameters_put_in_place_of_others_are_trained():
+    def replacing(model):
+        def make(optimizer):
+            def replace(epoch):
+                for parameter in model.parameters():
+                    parameter.data = parameter.data.clamp(-0.5, 0.5)
+                return 1.0
+
+            return torch.optim.lr_scheduler.LambdaLR(optimizer, replace)
+
+        return make
+
+    def fit(compile):
+        model = declare("vae")
+        scheduler = replacing(model)
+        return pvae.fit(model, binary(), compile=compile, scheduler=scheduler, **SETTINGS)
+
+    assert_same_fit(fit(False), fit("auto"))
+
+
+@pytest.mark.usefixtures("traced")
+def test_hooks_of_an_optimiser_run_at_each_step():
+    calls = []
+
+    def hooked(parameters, lr):
+        optimizer = torch.optim.Adam(parameters, lr=lr, fused=True)
+        optimizer.register_step_post_hook(lambda *_: calls.append(1))
+        return optimizer
+
+    pvae.fit(declare("vae"), binary(), optimizer=hooked, **SETTINGS)
+    assert len(calls) == SETTINGS["steps"]
+
+
+def test_a_buffer_that_holds_infinities_from_the_start_may_hold_them():
+    model = declare("vae")
+    model.register_buffer("mask", torch.full((2, 2), -torch.inf).triu(1))
+    fit = pvae.fit(model, binary(), compile=False, **SETTINGS)
+    assert fit.history["train"].notna().all()
