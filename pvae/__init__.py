@@ -5,7 +5,20 @@ from pvae.baselines import fit_em, fit_ppca
 from pvae.data import Data, DataSpec, load_data
 from pvae.declare import Given, Latent, LatentModel, Learned, Observed, Predicted
 from pvae.evaluation import Comparison, Evaluation, compare, evaluate
-from pvae.objectives import ELBO, IWAE
+from pvae.objectives import (
+    CIWAE,
+    CUBO,
+    ELBO,
+    IWAE,
+    MIWAE,
+    PIWAE,
+    TVO,
+    Cyclical,
+    ForwardKL,
+    Renyi,
+    ReweightedWakeSleep,
+    WarmUp,
+)
 from pvae.passes import log_weights
 from pvae.pyro_pair import PyroPair
 from pvae.svi import Fit, fit, load
@@ -15,13 +28,20 @@ from pvae import models  # isort: skip  (declared with the names above)
 __version__ = "0.1.0"
 
 __all__ = [
+    "CIWAE",
+    "CUBO",
     "ELBO",
     "IWAE",
+    "MIWAE",
+    "PIWAE",
+    "TVO",
     "Comparison",
+    "Cyclical",
     "Data",
     "DataSpec",
     "Evaluation",
     "Fit",
+    "ForwardKL",
     "Given",
     "Latent",
     "LatentModel",
@@ -29,6 +49,9 @@ __all__ = [
     "Observed",
     "Predicted",
     "PyroPair",
+    "Renyi",
+    "ReweightedWakeSleep",
+    "WarmUp",
     "bounds",
     "compare",
     "evaluate",

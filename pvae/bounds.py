@@ -8,7 +8,9 @@ grid of K. Sources: Burda, Grosse & Salakhutdinov 2016 (IWAE, eq. 8); Li & Turne
 eq. 4); Dieng et al. 2017 (CUBO, eq. 5); Vehtari, Simpson, Gelman, Yao & Gabry 2024 (PSIS).
 """
 
+import itertools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -24,6 +26,7 @@ __all__ = [
     "khat_threshold",
     "pareto_khat",
     "renyi",
+    "tvo",
 ]
 
 FEWEST_DRAWS = 30  # with fewer, the tail has five draws or less, and ArviZ's fit fails
@@ -144,6 +147,46 @@ def cubo(log_weights: Tensor, order: float = 2.0) -> Tensor:
     if order <= 1:
         raise ValueError(f"`order` must be above 1 for an upper bound, got {order}.")
     return renyi(log_weights, 1 - order)
+
+
+def log_uniform_betas(intervals: int = 20, first: float = 0.025) -> tuple[float, ...]:
+    """0, and points from `first` on a logarithmic scale up to, and without, 1."""
+    ratio = first ** (-1 / (intervals - 1))
+    return (0.0, *(first * ratio**i for i in range(intervals - 1)))
+
+
+def check_betas(betas: Sequence[float]) -> None:
+    """Raise unless these begin intervals of [0, 1]."""
+    rising = all(low < high for low, high in itertools.pairwise([*betas, 1.0]))
+    if not betas or betas[0] != 0 or not rising:
+        raise ValueError(f"`betas` must rise from 0, and lie below 1; got {tuple(betas)}.")
+
+
+def tvo(log_weights: Tensor, betas: Sequence[float] | None = None, upper: bool = False) -> Tensor:
+    """Riemann sum of E_{pi_beta}[log w] over beta in [0, 1] (Masrani et al. 2019, eqs. 6, 7).
+
+    Each expectation is by self-normalised importance sampling, with weights w^beta.
+
+    Args:
+        log_weights: (K, N), nats.
+        betas: where the intervals begin, rising from 0, below 1; `log_uniform_betas()` left out.
+        upper: the right sum, an upper bound, instead of the left one.
+
+    Returns:
+        (N,), nats. For many particles the left sum is below log p(x), the right sum above; with
+        few, importance sampling errs by 1/K, and neither need hold.
+
+    Raises:
+        ValueError: for other betas.
+    """
+    _check(log_weights)
+    betas = log_uniform_betas() if betas is None else betas
+    check_betas(betas)
+    grid = log_weights.new_tensor([*betas, 1.0])
+    at = (grid[1:] if upper else grid[:-1]).reshape(-1, 1, 1)
+    s = torch.where(at > 0, at * log_weights, 0.0).softmax(1)
+    means = torch.where(s > 0, s * log_weights, 0.0).sum(1)
+    return (grid.diff().reshape(-1, 1) * means).sum(0)
 
 
 def effective_sample_size(log_weights: Tensor) -> Tensor:

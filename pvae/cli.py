@@ -7,9 +7,11 @@ finds both again. Nothing in a folder is run as code; a model that is code is na
 `--model`. What goes wrong is told in a sentence, unless `--debug` asks for the traceback.
 """
 
+import ast
 import json
 import math
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -132,7 +134,10 @@ def fit(
     ],
     data: Annotated[str, typer.Option(help="A name from `pvae data`.")] = "digits",
     objective: Annotated[
-        str, typer.Option(help='"elbo", "iwae" (50 particles), or with a number: "iwae-5".')
+        str,
+        typer.Option(
+            help='"elbo", "iwae" (50 particles), "iwae-5", or as in Python: \'IWAE(5, "dreg")\'.'
+        ),
     ] = "elbo",
     epochs: Annotated[int, typer.Option(help="Passes over the training data.", min=1)] = 100,
     batch_size: Annotated[int, typer.Option(help="Data a step.", min=1)] = 128,
@@ -310,16 +315,32 @@ def list_data() -> None:
 
 
 def _objective(text: str) -> "Objective":
-    from pvae.objectives import ELBO, IWAE
+    """ "elbo", "iwae-50", or a call as in Python: 'IWAE(50, gradient="dreg")'."""
+    from pvae import objectives
 
     match = re.fullmatch(r"(elbo|iwae)(?:-(\d+))?", text.lower())
-    if match is None:
+    if match is not None:
+        text = f"{match[1].upper()}({match[2] or ''})"
+    try:
+        return _called(ast.parse(text, mode="eval").body, vars(objectives), objectives.__all__)
+    except (SyntaxError, TypeError, ValueError) as error:
         raise typer.BadParameter(
-            f'expected "elbo" or "iwae", or with a number of particles "iwae-50"; got {text!r}.',
+            f'expected "elbo", "iwae-50", or a call such as IWAE(50, gradient="dreg") of one of '
+            f"{', '.join(objectives.__all__)}; got {text!r} ({error}).",
             param_hint="--objective",
-        )
-    kind = ELBO if match[1] == "elbo" else IWAE
-    return kind(int(match[2])) if match[2] else kind()
+        ) from None
+
+
+def _called(node: Any, known: Mapping[str, Any], names: Sequence[str]) -> Any:
+    """The value of a call of a known name with literal arguments, or of a literal."""
+    if not isinstance(node, ast.Call):
+        return -math.inf if ast.unparse(node) == "-inf" else ast.literal_eval(node)
+    name = ast.unparse(node.func)
+    if name not in names:
+        raise ValueError(f"{name} is none of them")
+    args = [_called(value, known, names) for value in node.args]
+    kwargs = {str(key.arg): _called(key.value, known, names) for key in node.keywords}
+    return known[name](*args, **kwargs)
 
 
 def _load_data(told: dict[str, Any], root: Path | None) -> "Splits":

@@ -51,9 +51,9 @@ class CannotLower(RuntimeError):
 class _Holder(nn.Module):
     """A function of a pair as a module's forward, for `functional_call`."""
 
-    def __init__(self, pair: Pair, function: Function):
+    def __init__(self, pair: Pair, function: Function, beside: nn.Module | None):
         super().__init__()
-        self.pair, self.function = pair, function
+        self.pair, self.function, self.beside = pair, function, beside
 
     def forward(self, *tensors: Tensor) -> list[Tensor | None]:
         return self.function(self.pair, *tensors)
@@ -67,6 +67,7 @@ class Lowered:
         function: of the pair and tensors; it may differentiate in the pair's parameters.
         own: an example of what changes from call to call, rows along the first dimension.
         fixed: what stays, before the tensors of `own` in the function's arguments.
+        beside: another module whose parameters and buffers the function uses.
 
     Raises:
         CannotLower: if the program depends on values, or its graph gives other results.
@@ -78,8 +79,9 @@ class Lowered:
         function: Function,
         own: Sequence[Tensor],
         fixed: Sequence[Tensor] = (),
+        beside: nn.Module | None = None,
     ):
-        self.holder = _Holder(pair, function)
+        self.holder = _Holder(pair, function, beside)
         named = self._named()
         self.trained = [tensor.requires_grad for tensor in named.values()]
         self.state = {name: tensor.detach() for name, tensor in named.items()}

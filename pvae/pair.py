@@ -20,7 +20,9 @@ from torch.distributions import Distribution, constraints
 
 from pvae.data import Data
 from pvae.fence import evaluating, module_device
-from pvae.particles import Particles, Plates, check_count, draw
+from pvae.particles import Particles, check_count
+from pvae.plates import Plates
+from pvae.programs import Place, Programs
 
 __all__ = ["Batch", "Columns", "Pair", "announce"]
 
@@ -142,17 +144,31 @@ class Pair(nn.Module):
         Raises:
             ValueError: for another proposal.
         """
+        return self.programs(batch, proposal).draw(num_particles)
+
+    def programs(self, batch: Batch, proposal: str = "guide") -> Programs:
+        """Both programs over a batch, prepared for it.
+
+        Raises:
+            ValueError: for a proposal other than "guide" or "prior".
+        """
         if proposal not in ("guide", "prior"):
             raise ValueError(f"`proposal` must be 'guide' or 'prior', got {proposal!r}.")
         self.prepare(batch)
-        return draw(
+        return Programs(
             self.model,
             self.guide if proposal == "guide" else self._prior,
             (batch,),
-            num_particles=num_particles,
             plates=self.plates,
             vectorize=self.vectorize_particles,
+            places=self.places(batch),
         )
+
+    def places(self, batch: Batch) -> Mapping[str, Place] | None:
+        """Where in the batch, the programs' argument 0, the data of each observed site are."""
+        if isinstance(batch, Tensor):
+            return dict.fromkeys(self.observed[:1], (0,))
+        return {name: (0, name) for name in self.observed}
 
     def _prior(self, batch: Batch) -> None:
         """The model's prior as a guide: its unobserved sites, but for those summed out."""

@@ -8,9 +8,13 @@ latents that the guide does not sample are enumerated and summed out. Scales (su
 
     model, guide, batch  --find_plates-->  Plates
     model, guide, batch, Plates  --draw-->  Particles (differentiable)
+
+Cut particles hand each reparameterised draw on as a leaf, so that a gradient can tell what reaches
+log w through the draws from what reaches it past them.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,29 +22,17 @@ import pyro
 import torch
 from pyro import poutine
 from pyro.distributions.util import scale_and_mask
+from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
-from torch.distributions import Distribution
+from torch.distributions import Distribution, Independent, kl_divergence
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
-__all__ = ["Particles", "Plates", "draw", "find_plates"]
+from pvae.plates import Plates, find_plates, samples
+
+__all__ = ["Particles", "Program", "draw", "guide_factors"]
 
 Program = Callable[..., Any]
-
-PLATE_TO_WRITE = """
-    def model(x):
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Normal(zeros(len(x), 50), 1).to_event(1))
-            pyro.sample("x", dist.Bernoulli(decoder(z)).to_event(1), obs=x)"""
-
-
-@dataclass(frozen=True)
-class Plates:
-    """Where a program keeps its data: name and dim of their plate, number of plate dims in all."""
-
-    name: str = "data"
-    dim: int = -1
-    nesting: int = 1
 
 
 @dataclass(frozen=True)
@@ -60,6 +52,12 @@ class Particles:
             `poutine.scale` is used.
         guide_scales: the same for the factors of log q.
         shape: (K, N).
+        score_sites: guide sites without reparameterisation.
+        cuts: of cut particles, each reparameterised draw and the leaf that went on in its place, in
+            the order of drawing.
+        masks: `poutine.mask` of each latent of the model, where it has one.
+        plates: where the data are.
+        singles: of particles drawn one at a time, each alone: their distributions may differ.
     """
 
     log_p: dict[str, Tensor]
@@ -72,7 +70,21 @@ class Particles:
     scales: dict[str, Any]
     guide_scales: dict[str, Any]
     shape: tuple[int, int]
-    score_sites: tuple[str, ...] = field(default=())
+    score_sites: tuple[str, ...] = ()
+    cuts: tuple[tuple[Tensor, Tensor], ...] = ()
+    masks: dict[str, Any] = field(default_factory=dict)
+    plates: Plates = field(default_factory=Plates)
+    singles: tuple["Particles", ...] = ()
+
+    @property
+    def log_joint(self) -> Tensor:
+        """log p(x, z), summed sites summed out: (K, N), nats."""
+        return _log_sum(self._joint(), self.shape).expand(self.shape)
+
+    @property
+    def log_guide(self) -> Tensor:
+        """log q(z | x): (K, N), nats."""
+        return sum(self.log_q.values(), torch.zeros(())).expand(self.shape)
 
     @property
     def log_weights(self) -> Tensor:
@@ -81,14 +93,6 @@ class Particles:
         for log_q in self.log_q.values():
             total = total - log_q
         return total.expand(self.shape)
-
-    @property
-    def score(self) -> Tensor | None:
-        """Sum of log q over guide sites without reparameterisation, (K, N), or None."""
-        if not self.score_sites:
-            return None
-        parts = [self.log_q[name].expand(self.shape) for name in self.score_sites]
-        return torch.stack(parts).sum(0)
 
     @property
     def scale(self) -> Any:
@@ -144,6 +148,46 @@ class Particles:
             terms[f"KL[{name}]"] = -entropy - sum(expected[site] for site in self.summed)
         return {name: term.expand(self.shape) for name, term in terms.items()}
 
+    def analytic_kl(self, name: str) -> Tensor | None:
+        """KL[q(z | ...) || p(z | ...)] of one latent in closed form, (K, N), nats, if it is known.
+
+        Given the latents drawn before it, so it takes the place of log q - log p only where all
+        that p(z | ...) depends on was drawn before z: where the guide draws in the model's order.
+        """
+        if self.singles:
+            return _cat([single.analytic_kl(name) for single in self.singles])
+        before = list(self.log_p)[: list(self.log_p).index(name)] if name in self.log_p else []
+        drawn = list(self.log_q)[: list(self.log_q).index(name)]
+        latent = [site for site in before if site not in self.observed]
+        if name not in self.log_p or not set(latent) <= set(drawn):
+            return None
+        q, p = self.guide_sites[name], self.model_sites[name]
+        try:
+            kl = kl_divergence(q, p)
+        except NotImplementedError:
+            return None
+        kl = scale_and_mask(kl, mask=self.masks.get(name))
+        return _by_datum(kl, self.plates).expand(self.shape)
+
+    def unit_kl(self, name: str, analytic: bool = False) -> Tensor | None:
+        """KL by unit of a latent whose q and p both factorise, (K, N, *event), else None.
+
+        Args:
+            name: a latent that the guide draws, in no plate within the datum.
+            analytic: in closed form; otherwise log q - log p at the values drawn.
+        """
+        if self.singles:
+            return _cat([single.unit_kl(name, analytic) for single in self.singles])
+        q, p = _each_unit(self.guide_sites[name]), _each_unit(self.model_sites[name])
+        value = self.values[name]
+        value = value if value.shape[:2] == self.shape else value.unsqueeze(0)
+        if q.event_shape or p.event_shape or value.shape[:2] != self.shape:
+            return None
+        kl = kl_divergence(q, p) if analytic else q.log_prob(value) - p.log_prob(value)
+        if kl.dim() > value.dim():  # it depends on a summed latent
+            return None
+        return kl.expand(value.shape)
+
     def posterior_values(self) -> dict[str, Tensor]:
         """Drawn values of every latent, (K, N, *event), summed ones drawn from p(c | x, z)."""
         drawn = {name: self.values[name] for name in self.log_q}
@@ -157,6 +201,15 @@ class Particles:
             drawn[name] = support[flat % len(support)]
             flat = flat // len(support)
         return drawn
+
+
+def _cat(values: list[Tensor | None]) -> Tensor | None:
+    found = [value for value in values if value is not None]
+    return torch.cat(found) if found else None
+
+
+def _each_unit(d: Distribution) -> Distribution:
+    return d.base_dist if isinstance(d, Independent) else d
 
 
 def _same(a: Any, b: Any) -> bool:
@@ -180,57 +233,6 @@ def _log_sum(joint: Tensor, shape: tuple[int, int]) -> Tensor:
     return joint if joint.dim() <= 2 else _flat(joint, shape).logsumexp(0)
 
 
-def find_plates(model: Program, guide: Program, args: tuple, kwargs: Mapping[str, Any]) -> Plates:
-    """Run both programs once, and find the plate that holds the data.
-
-    Raises:
-        ValueError: where per-datum terms cannot be told apart; the message shows the plate.
-    """
-    with torch.no_grad(), torch.random.fork_rng(), poutine.block():
-        guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
-        replayed = poutine.replay(model, trace=guide_trace)
-        model_trace = poutine.trace(replayed).get_trace(*args, **kwargs)
-    sites = [site for trace in (guide_trace, model_trace) for site in _samples(trace)]
-    frames = [{f.name: f for f in site["cond_indep_stack"] if f.vectorized} for site in sites]
-    common = set.intersection(*map(set, frames)) if frames else set()
-    for site, own in zip(sites, frames, strict=True):
-        _check_dims(site, {frame.dim for frame in own.values()})
-        if not common and not own:
-            raise ValueError(
-                f"Site {site['name']!r} lies in no vectorised plate over the data, so its "
-                f"log-probability cannot be told apart by datum. Write:\n{PLATE_TO_WRITE}"
-            )
-    size = len(next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), ()))
-    if len(common) > 1:
-        common = {name for name in common if frames[0][name].size == size}
-    if len(common) != 1:
-        raise ValueError(
-            "Model and guide need one vectorised plate over the data that holds every sample site; "
-            f"found {sorted({name for own in frames for name in own})} and "
-            f"{len(common)} that fit. Write:\n{PLATE_TO_WRITE}"
-        )
-    (name,) = common
-    nesting = max(-frame.dim for own in frames for frame in own.values())
-    return Plates(name, frames[0][name].dim, nesting)
-
-
-def _samples(trace: poutine.Trace) -> Iterable[Any]:
-    for site in trace.nodes.values():
-        if site["type"] == "sample" and not site_is_subsample(site):
-            yield site
-
-
-def _check_dims(site: Any, plate_dims: set[int]) -> None:
-    shape = site["fn"].log_prob(site["value"]).shape
-    loose = [d for d in range(-len(shape), 0) if shape[d] > 1 and d not in plate_dims]
-    if loose:
-        raise ValueError(
-            f"Site {site['name']!r} has log-probabilities of shape {tuple(shape)}, of which "
-            f"dimension {loose[0]} belongs to no plate. If these are parts of one datum, add "
-            f"`.to_event({len(loose)})`; if they are data, write a plate:\n{PLATE_TO_WRITE}"
-        )
-
-
 def check_count(name: str, value: Any) -> None:
     """Raise unless a number of particles, steps or draws is a whole number above zero."""
     if isinstance(value, bool) or not isinstance(value, int):
@@ -248,6 +250,7 @@ def draw(
     num_particles: int = 1,
     plates: Plates | None = None,
     vectorize: bool = True,
+    cut: bool = False,
 ) -> Particles:
     """Draw K particles for each datum from the guide and weigh them by the model.
 
@@ -260,6 +263,7 @@ def draw(
         plates: where the data are; found by a run of both where left out.
         vectorize: one pass for all particles; False runs both programs K times, for networks that
             cannot take a leading particle dimension.
+        cut: hand reparameterised draws on as leaves, and keep both in `Particles.cuts`.
 
     Returns:
         Particles, differentiable in the parameters of both programs.
@@ -271,9 +275,9 @@ def draw(
     check_count("num_particles", num_particles)
     plates = plates or find_plates(model, guide, args, kwargs)
     if not vectorize:
-        single = [_draw(model, guide, args, kwargs, None, plates) for _ in range(num_particles)]
-        return _join(single)
-    return _draw(model, guide, args, kwargs, num_particles, plates)
+        each = range(num_particles)
+        return _join([_draw(model, guide, args, kwargs, None, plates, cut) for _ in each])
+    return _draw(model, guide, args, kwargs, num_particles, plates, cut)
 
 
 def _draw(
@@ -283,18 +287,35 @@ def _draw(
     kwargs: Mapping[str, Any],
     num_particles: int | None,
     plates: Plates,
+    cut: bool,
 ) -> Particles:
     if num_particles is not None:
         particle_plate = pyro.plate("particles", num_particles, dim=-1 - plates.nesting)
         model, guide = particle_plate(model), particle_plate(guide)
-    guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
+    with _Cut() if cut else nullcontext() as cutter:
+        guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
     replayed = poutine.replay(model, trace=guide_trace)
     enumerated = poutine.enum(
         poutine.infer_config(replayed, _Enumerate(guide_trace)),
         first_available_dim=-2 - plates.nesting,
     )
     model_trace = poutine.trace(enumerated).get_trace(*args, **kwargs)
-    return _collect(model_trace, guide_trace, num_particles or 1, plates)
+    cuts = () if cutter is None else tuple(cutter.cuts)
+    return _collect(model_trace, guide_trace, num_particles or 1, plates, cuts)
+
+
+class _Cut(Messenger):
+    """Hands each reparameterised draw on as a leaf, and keeps both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cuts: list[tuple[Tensor, Tensor]] = []
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        value = msg["value"]
+        if isinstance(value, Tensor) and value.requires_grad and msg["fn"].has_rsample:
+            msg["value"] = value.detach().requires_grad_()
+            self.cuts.append((value, msg["value"]))
 
 
 class _Enumerate:
@@ -316,10 +337,14 @@ class _Enumerate:
 
 
 def _collect(
-    model_trace: poutine.Trace, guide_trace: poutine.Trace, num_particles: int, plates: Plates
+    model_trace: poutine.Trace,
+    guide_trace: poutine.Trace,
+    num_particles: int,
+    plates: Plates,
+    cuts: tuple[tuple[Tensor, Tensor], ...],
 ) -> Particles:
-    model_sites = {site["name"]: site for site in _samples(model_trace)}
-    guide_sites = {site["name"]: site for site in _samples(guide_trace)}
+    model_sites = {site["name"]: site for site in samples(model_trace)}
+    guide_sites = {site["name"]: site for site in samples(guide_trace)}
     unknown = [
         name
         for name, site in guide_sites.items()
@@ -345,7 +370,15 @@ def _collect(
         guide_scales={name: site["scale"] for name, site in guide_sites.items()},
         shape=(num_particles, num_data),
         score_sites=tuple(n for n, s in guide_sites.items() if not s["fn"].has_rsample),
+        cuts=cuts,
+        masks={n: s["mask"] for n, s in model_sites.items() if s["mask"] is not None},
+        plates=plates,
     )
+
+
+def guide_factors(trace: poutine.Trace, plates: Plates) -> list[Tensor]:
+    """log q of each site of a guide's run, as in `Particles.log_q`."""
+    return [_log_factor(site, plates) for site in samples(trace)]
 
 
 def _check_summed(site: Any, plates: Plates) -> None:
@@ -362,14 +395,18 @@ def _check_summed(site: Any, plates: Plates) -> None:
 def _log_factor(site: Any, plates: Plates) -> Tensor:
     """The site's log-probability, unscaled and masked, inner plates summed: (*, K or 1, N or 1)."""
     log_prob = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
-    log_prob = scale_and_mask(log_prob, mask=site["mask"])
-    missing = plates.nesting + 1 - log_prob.dim()
-    log_prob = log_prob.reshape((1,) * max(missing, 0) + log_prob.shape)
+    return _by_datum(scale_and_mask(log_prob, mask=site["mask"]), plates)
+
+
+def _by_datum(factor: Tensor, plates: Plates) -> Tensor:
+    """(*, K or 1, *plates) -> (*, K or 1, N or 1), plates other than the data's summed."""
+    missing = plates.nesting + 1 - factor.dim()
+    factor = factor.reshape((1,) * max(missing, 0) + factor.shape)
     for dim in range(-plates.nesting, 0):
         if dim != plates.dim:
-            log_prob = log_prob.sum(dim, keepdim=True)
-    lead = log_prob.shape[: -plates.nesting]
-    return log_prob.reshape(*lead, log_prob.shape[plates.dim])
+            factor = factor.sum(dim, keepdim=True)
+    lead = factor.shape[: -plates.nesting]
+    return factor.reshape(*lead, factor.shape[plates.dim])
 
 
 def _join(single: list[Particles]) -> Particles:
@@ -395,4 +432,8 @@ def _join(single: list[Particles]) -> Particles:
         guide_scales=first.guide_scales,
         shape=(len(single), num_data),
         score_sites=first.score_sites,
+        cuts=tuple(cut for particles in single for cut in particles.cuts),
+        masks=first.masks,
+        plates=first.plates,
+        singles=tuple(single),
     )

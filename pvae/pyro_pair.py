@@ -21,7 +21,8 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
 from pvae.pair import Batch, Columns, Pair
-from pvae.particles import PLATE_TO_WRITE, find_plates
+from pvae.plates import PLATE_TO_WRITE, find_plates
+from pvae.programs import Place, find_places
 
 __all__ = ["PyroPair"]
 
@@ -57,6 +58,7 @@ class PyroPair(Pair):
         self._constraints: dict[str, Any] = {}
         self._names: dict[str, str] = {}
         self._example: Batch | None = None
+        self._places: dict[str, Place] | None = None
         self._summed: list[str] = []
         self.params = nn.ParameterDict()
         self.modules_used = nn.ModuleList(_owners(model, guide))
@@ -123,6 +125,7 @@ class PyroPair(Pair):
             site["name"]: site["fn"] for site in sites if not site_is_subsample(site)
         }
         self._summed = list(left)
+        self._places = find_places(self.model, self.guide, (batch,), {})
         supports = [d.enumerate_support(False) for d in left.values() if d.has_enumerate_support]
         self.categories = math.prod(len(support) for support in supports)
         first = {k: v[:1] for k, v in batch.items()} if isinstance(batch, Mapping) else batch[:1]
@@ -151,6 +154,10 @@ class PyroPair(Pair):
             trained = [p for p in module.parameters() if p.requires_grad]
             if all(id(p) in ours for p in trained) and module not in self.modules_used:
                 self.modules_used.append(module)
+
+    def places(self, batch: Batch) -> Mapping[str, Place] | None:
+        """As found on the first batch."""
+        return self._places
 
     def columns(self, data: Any) -> Columns:
         """The data as columns, with the pair prepared for them."""

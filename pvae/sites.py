@@ -413,11 +413,18 @@ class SiteModule(nn.Module):
         raw: dict[str, Tensor] = {}
         for net in self.nets.values():
             raw |= net(*parents)
+        raw = {key: _in_full(value) for key, value in raw.items()}
         parameters = {
             key: transform_to(self.constraints[key])(raw[key]) if key in raw else self._fixed(key)
             for key in self.shapes
         }
         return self._distribution(parameters).to_event(self.event_dims)
+
+
+def _in_full(value: Tensor) -> Tensor:
+    """Densities keep their precision where autocast has networks run with less."""
+    low = value.dtype in (torch.bfloat16, torch.float16)
+    return value.float() if low and torch.is_autocast_enabled(value.device.type) else value
 
 
 class _Own(nn.Module):

@@ -25,7 +25,7 @@ from torch.optim import Optimizer
 from pvae.batches import Source
 from pvae.fence import evaluating
 from pvae.lowering import CannotLower, Lowered
-from pvae.objectives import ELBO, Objective
+from pvae.objectives import Objective
 from pvae.pair import Pair
 
 __all__ = ["PyroStep", "Speed", "Step", "make_optimizer"]
@@ -38,21 +38,21 @@ WARM_UP = 3  # steps before a CUDA graph is captured, in which libraries make th
 
 
 def make_optimizer(
-    optimizer: Callable[..., Optimizer], pair: Pair, lr: float, device: torch.device
+    optimizer: Callable[..., Optimizer], parameters: list[Tensor], lr: float, device: torch.device
 ) -> Optimizer:
-    """An optimiser of the pair's parameters; torch's own in their fused form, one pass over memory.
+    """An optimiser of the parameters; torch's own in their fused form, one pass over memory.
 
     The fused ones take the learning rate as a tensor, so that a schedule changes a number in a
     graph and not the graph.
     """
     if optimizer not in FUSED:
-        return optimizer(list(pair.parameters()), lr=lr)
+        return optimizer(parameters, lr=lr)
     settings: dict[str, Any] = {"fused": True}
     rate = torch.tensor(lr, dtype=torch.float64)
     if device.type == "cuda":
         rate = rate.to(device, torch.float32)  # what its kernels read
         settings |= {} if optimizer is torch.optim.SGD else {"capturable": True}
-    return optimizer(list(pair.parameters()), lr=rate, **settings)
+    return optimizer(parameters, lr=rate, **settings)
 
 
 class Step:
@@ -66,7 +66,7 @@ class Step:
         clip_norm: largest norm of the gradient.
 
     Attributes:
-        names: of what `totals` sums: the bound, and its parts by site.
+        names: of what `totals` sums after the objective: the bound, its parts by site.
         totals: sums over data since `restart`, in nats, on the device.
     """
 
@@ -80,7 +80,7 @@ class Step:
     ):
         self.pair, self.objective, self.source = pair, objective, source
         self.optimizer, self.clip_norm = optimizer, clip_norm
-        self.parameters = [p for p in pair.parameters() if p.requires_grad]
+        self.parameters = self._trained(pair)
         self.names: list[str] = []
         self.totals = torch.zeros(0, dtype=torch.float64, device=source.device)
         self.lowered: Lowered | None = None
@@ -107,7 +107,9 @@ class Step:
         own = self.source.example()
         with torch.random.fork_rng():
             fixed = self.source.fixed
-            self.lowered = Lowered(self.pair, self.bound_and_gradients, own, fixed)
+            self.lowered = Lowered(
+                self.pair, self.bound_and_gradients, own, fixed, beside=self.objective
+            )
         self._shapes = [tensor.shape for tensor in own]
         if compile:
             self.lowered.compile(*self.source.fixed, *own)
@@ -134,7 +136,7 @@ class Step:
 
     def means(self, num_data: int) -> list[float]:
         """The sums over this many data; waits for the device."""
-        return (self.totals / num_data).tolist()
+        return (self.totals[1:] / num_data).tolist()
 
     def __call__(self, num_data: int, *tensors: Tensor) -> None:
         """Take a step on a batch of `num_data`; its results are in the parameters and `totals`."""
@@ -171,21 +173,27 @@ class Step:
         return self.bound_and_gradients(self.pair, *self.source.fixed, *tensors)
 
     def bound_and_gradients(self, pair: Pair, *tensors: Tensor) -> list[Tensor | None]:
-        """The bound and its parts, means over the batch in one vector; then each gradient.
+        """The objective, the bound and its parts, means over the batch in one vector; gradients.
 
-        Gradients are of minus the bound, and None for a parameter that it does not depend on.
+        Each is of minus the objective, None for a parameter that it does not depend on.
         """
-        particles = pair.draw(self.source.fetch(*tensors), self.objective.num_particles)
-        bound = self.objective.per_datum(particles).mean()
-        parameters = [p for p in pair.parameters() if p.requires_grad]
+        programs = pair.programs(self.source.fetch(*tensors))
+        particles, total = self.objective.estimate(programs)
+        objective = total / particles.shape[1]
+        parameters = self._trained(pair)
         gradients: Sequence[Tensor | None] = [None] * len(parameters)
-        if bound.requires_grad:
-            gradients = torch.autograd.grad(-bound, parameters, allow_unused=True)
+        if objective.requires_grad:
+            gradients = torch.autograd.grad(-objective, parameters, allow_unused=True)
         with torch.no_grad():
-            means = {f"train {k}": v.detach().mean() for k, v in particles.terms().items()}
-            self.names = ["train", *means]
-            values = torch.stack([bound.detach(), *means.values()])
-        return [values, *self._clipped(gradients)]
+            extras = {f"train {k}": v.mean() for k, v in self.objective.extras(particles).items()}
+            terms = {f"train {k}": v.mean() for k, v in particles.terms().items()}
+            means = {"train": self.objective.bound(particles).mean()} | extras | terms
+            self.names = list(means)
+        return [torch.stack([objective.detach(), *means.values()]), *self._clipped(gradients)]
+
+    def _trained(self, pair: Pair) -> list[Tensor]:
+        both = (*pair.parameters(), *self.objective.parameters())
+        return [parameter for parameter in both if parameter.requires_grad]
 
     def _clipped(self, gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
         if self.clip_norm is None:
@@ -216,13 +224,14 @@ class PyroStep(Step):
     def __init__(
         self,
         pair: Pair,
-        objective: pyro.infer.ELBO,
+        objective: Objective,
         source: Source,
         optimizer: Optimizer,
         clip_norm: float | None,
+        pyros: pyro.infer.ELBO,
     ):
-        super().__init__(pair, ELBO(objective.num_particles), source, optimizer, clip_norm)
-        self.pyros: Any = objective
+        super().__init__(pair, objective, source, optimizer, clip_norm)
+        self.pyros: Any = pyros
 
     def lower(self, compile: bool) -> None:
         """Raises CannotLower: a number has no graph."""
@@ -240,7 +249,7 @@ class PyroStep(Step):
             means = {f"train {k}": v.mean() for k, v in particles.terms().items()}
         bound = torch.as_tensor(-loss / num_data, dtype=torch.float64)
         self.names = ["train", *means]
-        return [torch.stack([bound, *means.values()]), *self._clipped(gradients)]
+        return [torch.stack([bound, bound, *means.values()]), *self._clipped(gradients)]
 
 
 def _is_capturable(optimizer: Optimizer) -> bool:

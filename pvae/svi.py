@@ -70,10 +70,17 @@ class Fit:
             "epochs": len(self.history),
             "stopped by": self.stopped,
             "weights of epoch": self.best_epoch,
-            **{f"{key} (nats per datum)": best[key] for key in ("train", "valid") if key in best},
+            **{f"{key} (nats per datum)": best[key] for key in self._bounds()},
             "seconds": self.history["seconds"].sum() if len(self.history) else 0.0,
         }
         return pd.DataFrame({"value": pd.Series(rows, dtype=object)})
+
+    def _bounds(self) -> list[str]:
+        """Columns of the history that are bounds or the objective, and not parts of one."""
+        if not len(self.history):
+            return []
+        columns = map(str, self.history)
+        return [c for c in columns if c.startswith(("train", "valid")) and "[" not in c]
 
     def __repr__(self) -> str:
         return f"Fit of {self.model.name}\n{self.summary().to_string(header=False)}"

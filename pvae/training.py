@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+import pyro
 import pyro.infer
 import torch
 from torch import Tensor
@@ -26,7 +27,7 @@ from pvae.declare import LatentModel
 from pvae.failure import bad_datum_of_gradient, bad_parameters, bad_site, is_bad
 from pvae.fence import evaluating, fenced
 from pvae.lowering import PACKAGE, CannotLower
-from pvae.objectives import Objective
+from pvae.objectives import ELBO, Objective
 from pvae.pair import Batch, Columns, Pair
 from pvae.passes import blocks
 from pvae.step import PyroStep, Speed, Step, make_optimizer
@@ -55,16 +56,27 @@ class Run:
     ):
         self.model, self.source, self.device = model, source, source.device
         self.objective: Any = objective
+        if isinstance(objective, Objective):  # it may count steps, and learn baselines
+            self.objective = copy.deepcopy(objective)
         self.clip_norm, self.seed = clip_norm, seed
         model.to(self.device)
         with torch.random.fork_rng():
-            model.prepare(source.first(source.batch_size))
+            batch = source.first(source.batch_size)
+            model.prepare(batch)
             self.example = source.first(13)
-        self.optimizer = make_optimizer(optimizer, model, lr, self.device)
-        kind: Any = Step if isinstance(objective, Objective) else PyroStep
-        self.step: Step = kind(model, objective, source, self.optimizer, clip_norm)
         # For the parts of the bound, also where one of Pyro's own objectives is maximised:
-        self._ours: Any = self.step.objective
+        is_ours = isinstance(objective, Objective)
+        self._ours: Any = self.objective if is_ours else ELBO(objective.num_particles)
+        self._ours.to(self.device)
+        with evaluating(model), pyro.validation_enabled(False):
+            self._ours.prepare(model.programs(batch))
+        parameters = [*model.parameters(), *self._ours.parameters()]
+        self.optimizer = make_optimizer(optimizer, parameters, lr, self.device)
+        self.step = Step(model, self._ours, source, self.optimizer, clip_norm)
+        if not is_ours:
+            self.step = PyroStep(
+                model, self._ours, source, self.optimizer, clip_norm, self.objective
+            )
         self.history: list[dict[str, Any]] = []
         self.steps = 0
         self.best: tuple[float, int, dict[str, Tensor]] = (-math.inf, 0, {})
@@ -195,6 +207,7 @@ class Run:
         for tensors, index in self.source.epoch(len(self.history) + 1):
             if steps is not None and self.steps >= steps:
                 break
+            self._ours.at(self.steps)
             self.step(len(index), *tensors)
             self.steps += 1
             seen += len(index)
@@ -221,12 +234,12 @@ class Run:
         if self.validation is None:
             return {}
         totals: dict[str, float] = {}
-        particles = self._ours.num_particles
+        particles = self._ours.draws
         with evaluating(self.model), fenced(self.seed, self.device):
             for rows, _ in blocks(len(self.validation), particles, MAX_ROWS, MAX_ROWS):
                 batch = self.validation.rows(rows)
                 drawn = self.model.draw(batch, particles)
-                sums = {"valid": self._ours.per_datum(drawn).sum()}
+                sums = {"valid": self._ours.bound(drawn).sum()}
                 if self._ours is not self.objective:
                     loss = self.objective.loss(self.model.model, self.model.guide, batch)
                     sums["valid"] = -torch.as_tensor(loss, dtype=torch.float64)
@@ -255,6 +268,7 @@ class Run:
             if steps is not None and self.steps >= steps:
                 break
             state = _random_state(self.device)
+            self._ours.at(self.steps)
             try:
                 found = self.step.eager(*tensors)
                 what, where = self._what_failed(found, tensors, index, state)
@@ -289,13 +303,13 @@ class Run:
         batch = self.source.fetch(*self.source.fixed, *tensors)
         if not bool(values[0].isfinite()):
             with torch.no_grad():
-                where = bad_site(self.model.draw(batch, self._ours.num_particles), index)
+                where = bad_site(self.model.draw(batch, self._ours.draws), index)
             return f"The objective is {float(values[0])}", where
         what = bad_parameters(self.model, gradients)
         norm = float(torch.nn.utils.get_total_norm([g for g in gradients if g is not None]))
 
         def loss(one: Batch) -> Tensor:
-            return -self._ours.per_datum(self.model.draw(one, self._ours.num_particles)).mean()
+            return -self._ours.estimate(self.model.programs(one))[1]
 
         where = bad_datum_of_gradient(loss, batch, self.model, index)
         return f"The gradient of {what} is {norm}", where
@@ -344,6 +358,7 @@ class Run:
         self.history, self.steps = state["history"], state["step"]
         best = {key: value.to(self.device) for key, value in state["best"].items()}
         self.best = (state["best_valid"], state["best_epoch"], best)
+        self._ours.load_state_dict(state.get("objective", {}))
         _set_random_state(state["random"], self.device)
 
     def _check_whole_epochs(
@@ -371,6 +386,7 @@ class Run:
             "best_valid": self.best[0],
             "best_epoch": self.best[1],
             "random": _random_state(self.device),
+            "objective": dict(self._ours.state_dict()),
             "example": self.example,  # from which `load` prepares a PyroPair
         }
         meta = {
@@ -399,12 +415,14 @@ class _Before:
     def __init__(self, run: Run):
         self.weights = run.weights()
         self.optimizer = copy.deepcopy(run.optimizer.state_dict())
+        self.objective = copy.deepcopy(run._ours.state_dict())
         self.random = _random_state(run.device)
         self.steps = run.steps
 
     def restore(self, run: Run) -> None:
         """Put it back, for the epoch to be repeated in Pyro."""
         run.model.load_state_dict(self.weights, strict=False)
+        run._ours.load_state_dict(self.objective)
         _restore_optimizer(run.optimizer, self.optimizer)
         run.step.forget()
         _set_random_state(self.random, run.device)

@@ -1,5 +1,6 @@
 """Small models and how the tests fit them."""
 
+import math
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,6 +24,28 @@ SMALL = {
     "mixture_of_gaussians": {"num_components": 3},
     "ppca": {"latent_size": 2},
 }
+
+
+OBJECTIVES = [  # of each kind, and each gradient estimator
+    pvae.ELBO(),
+    pvae.ELBO(3),
+    pvae.ELBO(3, gradient="stl"),
+    pvae.ELBO(kl="analytic", beta=pvae.WarmUp(30)),
+    pvae.ELBO(free_bits=0.1),
+    pvae.IWAE(4),
+    pvae.IWAE(4, gradient="stl"),
+    pvae.IWAE(4, gradient="dreg"),
+    pvae.MIWAE(2, 3),
+    pvae.PIWAE(2, 3),
+    pvae.CIWAE(4),
+    pvae.Renyi(4),
+    pvae.Renyi(4, alpha=-math.inf),
+    pvae.CUBO(4),
+    pvae.TVO(4),
+    pvae.ReweightedWakeSleep(4, guide="both"),
+    pvae.ForwardKL(4),
+    pvae.ForwardKL(4, gradient="dreg"),
+]
 
 
 def fit(model: Pair, data: Any, objective: Any = None, **settings: Any) -> Fit:

@@ -10,7 +10,7 @@ from typer.testing import CliRunner, Result
 import pvae
 from pvae import cli
 from pvae.data import DATASETS, load_data
-from pvae.objectives import ELBO, IWAE
+from pvae.objectives import ELBO, IWAE, Renyi
 
 COMMANDS = ("demo", "fit", "evaluate", "compare", "models", "data")
 
@@ -186,7 +186,15 @@ def test_models_that_are_code_are_named_again(model):
 
 @pytest.mark.parametrize(
     ("text", "kind", "num_particles"),
-    [("elbo", ELBO, 1), ("ELBO-7", ELBO, 7), ("iwae", IWAE, 50), ("iwae-5", IWAE, 5)],
+    [
+        ("elbo", ELBO, 1),
+        ("ELBO-7", ELBO, 7),
+        ("iwae", IWAE, 50),
+        ("iwae-5", IWAE, 5),
+        ("IWAE(5, gradient='dreg')", IWAE, 5),
+        ("Renyi(7, alpha=-inf)", Renyi, 7),
+        ("ELBO(beta=WarmUp(100))", ELBO, 1),
+    ],
 )
 def test_objectives_by_name(text, kind, num_particles):
     objective = cli._objective(text)
@@ -231,7 +239,9 @@ def test_errors_are_one_message(line, message):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("fit vae --folder run --objective vi", 'expected "elbo" or "iwae"'),
+        ("fit vae --folder run --objective vi", 'expected "elbo", "iwae-50", or a call such as'),
+        ("fit vae --folder run --objective print(1)", "print is none of them"),
+        ("fit vae --folder run --objective IWAE(0)", "`num_particles` must be at least 1, got 0"),
         ("fit vae --folder run --set latent_size", "expected NAME=VALUE, got 'latent_size'"),
         ("fit vae --folder run --epochs 0", "--epochs"),
         ("fit vae", "--folder"),

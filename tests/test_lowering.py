@@ -14,7 +14,7 @@ from pvae import Latent, LatentModel, Observed, PyroPair, models, svi
 from pvae.fence import fenced
 from pvae.lowering import CannotLower, Lowered
 from pvae.nets import MLP
-from tests.fitting import assert_same_fit, binary, declare
+from tests.fitting import OBJECTIVES, assert_same_fit, binary, declare
 
 CPU = torch.device("cpu")
 SETTINGS = {"batch_size": 8, "steps": 50, "progress": False, "lr": 1e-2}
@@ -39,13 +39,31 @@ def traced(monkeypatch):
 
 
 @pytest.mark.usefixtures("traced")
-@pytest.mark.parametrize("objective", [pvae.ELBO(), pvae.ELBO(3), pvae.IWAE(4)], ids=repr)
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=repr)
 @pytest.mark.parametrize("name", models.__all__)
 def test_fifty_lowered_steps_are_those_of_pyro_bit_for_bit(name, objective):
     """20 data in batches of 8: the last of each epoch, of 4, runs in Pyro either way."""
     eager = pvae.fit(declare(name), binary(), objective, compile=False, **SETTINGS)
     lowered = pvae.fit(declare(name), binary(), objective, compile="auto", **SETTINGS)
     assert_same_fit(eager, lowered)
+
+
+@pytest.mark.usefixtures("traced")
+@pytest.mark.parametrize("baseline", ["average", "learned", "leave-one-out", "vimco"])
+@pytest.mark.parametrize("kind", [pvae.ELBO, pvae.IWAE])
+def test_lowered_steps_keep_the_state_of_baselines(kind, baseline):
+    """Of a latent without reparameterisation, drawn by the guide."""
+    fits = []
+    for compile in (False, "auto"):
+        torch.manual_seed(0)
+        model = LatentModel(
+            z=Latent(dist.Bernoulli, 3),
+            x=Observed(dist.Bernoulli, 6, given="z", net=MLP(5)),
+            guide={"z": Latent(dist.Bernoulli, 3, given="x", net=MLP(5))},
+        )
+        objective = kind(3, baseline=baseline)
+        fits.append(pvae.fit(model, binary(), objective, compile=compile, **SETTINGS))
+    assert_same_fit(*fits)
 
 
 @needs_compiler

@@ -422,7 +422,7 @@ def test_a_program_that_cannot_be_lowered_runs_in_pyro_after_one_line():
 
 
 def test_after_falling_back_the_numbers_are_those_of_pyro(monkeypatch):
-    def refuse(*args):
+    def refuse(*args, **kwargs):
         raise CannotLower("there is no graph")
 
     monkeypatch.setattr(step, "Lowered", refuse)

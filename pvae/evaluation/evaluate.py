@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.distributions import Distribution, Independent
 
 from pvae import bounds, exact
 from pvae.evaluation.result import Evaluation
@@ -260,16 +259,8 @@ def _covariance(first: Tensor, second: Tensor) -> Tensor:
 
 def unit_kl(particles: Particles) -> dict[str, Tensor]:
     """log q - log p by unit of each guided latent whose q and p both factorise, (K, N, ...)."""
-    found = {}
-    for name in _guided(particles):
-        q, p = _each_unit(particles.guide_sites[name]), _each_unit(particles.model_sites[name])
-        if q.event_shape or p.event_shape:
-            continue
-        value = particles.values[name]
-        difference = q.log_prob(value) - p.log_prob(value)
-        if difference.shape == value.shape:  # else it depends on a summed latent
-            found[name] = difference
-    return found
+    found = {name: particles.unit_kl(name) for name in _guided(particles)}
+    return {name: kl for name, kl in found.items() if kl is not None}
 
 
 def unit_mean(particles: Particles) -> dict[str, Tensor]:
@@ -288,7 +279,3 @@ def _guided(particles: Particles) -> list[str]:
         for name in particles.log_q
         if name in particles.model_sites and particles.values[name].shape[:2] == particles.shape
     ]
-
-
-def _each_unit(d: Distribution) -> Distribution:
-    return d.base_dist if isinstance(d, Independent) else d

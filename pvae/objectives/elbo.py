@@ -1,0 +1,226 @@
+"""The evidence lower bound; its KL terms sampled or in closed form, weighted, or above a floor.
+
+    ELBO = E_q[log p(x | z)] - sum over latents of KL[q(z | x) || p(z)]
+
+What is weighted (beta, free bits) is no bound that two models could be compared by: history shows
+it as "weighted", beside the bound.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from pvae import bounds
+from pvae.objectives.baselines import mean_without_each
+from pvae.objectives.gradient import through_draws, weighted
+from pvae.objectives.objective import Objective
+from pvae.particles import Particles
+
+__all__ = ["ELBO"]
+
+KL = Literal["sampled", "analytic"]
+
+
+class ELBO(Objective):
+    """The evidence lower bound, E_q[log p(x, z) - log q(z | x)] (Kingma & Welling 2014, eq. 2).
+
+    Several particles lower its variance and leave the bound where it is: it is the average of K
+    ELBOs, as in Pyro's `Trace_ELBO`, and not the tighter `IWAE(num_particles=K)`.
+
+    Args:
+        num_particles: K.
+        gradient: "pathwise", or "stl": without the guide's score, of no variance where the guide
+            is exact (Roeder et al. 2017, eq. 7). That needs a guide all of whose sites are
+            reparameterised, and sampled KL terms.
+        kl: "sampled", log q - log p at the particles; "analytic", in closed form where torch
+            knows it and all that p depends on is drawn before (Kingma & Welling 2014, eq. 7),
+            elsewhere sampled; or these by latent.
+        beta: weight of the KL terms (Higgins et al. 2017, eq. 4), or a function from the number of
+            steps taken to it, such as `WarmUp(1000)` or `Cyclical(10_000)`.
+        free_bits: lambda, in nats: a KL term whose mean over the batch is below counts as lambda,
+            and has no gradient (Kingma et al. 2016, eq. 15).
+        free_bits_per: "site" or "unit", of what lambda is the floor.
+        baseline: of guide sites without reparameterisation; see `baselines`. "auto" is
+            leave-one-out, for one particle a decaying average.
+
+    Raises:
+        ValueError: for K below 1, or an argument without meaning.
+    """
+
+    auto_baseline = "leave-one-out"
+
+    def __init__(
+        self,
+        num_particles: int = 1,
+        *,
+        gradient: Literal["pathwise", "stl"] = "pathwise",
+        kl: KL | Mapping[str, KL] = "sampled",
+        beta: float | Callable[[int], float] = 1.0,
+        free_bits: float = 0.0,
+        free_bits_per: Literal["site", "unit"] = "site",
+        baseline: Any = "auto",
+    ):
+        super().__init__(num_particles, baseline)
+        self.gradient, self.kl, self.beta = gradient, kl, beta
+        self.free_bits, self.free_bits_per = free_bits, free_bits_per
+        self._check()
+        self.cuts = gradient == "stl"
+        now = beta(0) if callable(beta) else beta
+        self.register_buffer("beta_now", torch.tensor(now, dtype=torch.float64), persistent=False)
+
+    beta_now: Tensor
+
+    def _check(self) -> None:
+        if self.gradient not in ("pathwise", "stl"):
+            raise ValueError(f"`gradient` must be 'pathwise' or 'stl', got {self.gradient!r}.")
+        for kl in self.kl.values() if isinstance(self.kl, Mapping) else [self.kl]:
+            if kl not in ("sampled", "analytic"):
+                raise ValueError(
+                    f"`kl` must be 'sampled', 'analytic', or these by latent; got {kl!r}."
+                )
+        if not callable(self.beta) and not self.beta >= 0:
+            raise ValueError(f"`beta` must be a weight of at least 0, got {self.beta}.")
+        if not self.free_bits >= 0:
+            raise ValueError(f"`free_bits` must be at least 0 nats, got {self.free_bits}.")
+        if self.free_bits_per not in ("site", "unit"):
+            raise ValueError(
+                f"`free_bits_per` must be 'site' or 'unit', got {self.free_bits_per!r}."
+            )
+        if self.gradient == "stl" and (self.kl != "sampled" or self.free_bits):
+            raise ValueError(
+                "gradient='stl' leaves out the score of sampled KL terms: it goes with "
+                "kl='sampled' and without free bits."
+            )
+
+    @property
+    def is_weighted(self) -> bool:
+        """Whether the objective is another than the bound."""
+        return callable(self.beta) or self.beta != 1 or self.free_bits > 0
+
+    def at(self, step: int) -> None:
+        """Set beta to its value after this many steps."""
+        if callable(self.beta):
+            self.beta_now.fill_(self.beta(step))
+
+    # ------------------------------------------------------------------ the integrand
+
+    def bound(self, particles: Particles) -> Tensor:
+        """The ELBO, unweighted, (N,)."""
+        return bounds.elbo(self._integrand(particles, weigh=False))
+
+    def extras(self, particles: Particles) -> dict[str, Tensor]:
+        """The weighted objective, where it is another than the bound."""
+        if not self.is_weighted:
+            return {}
+        return {"weighted": bounds.elbo(self._integrand(particles, weigh=True))}
+
+    def reward(self, f: Tensor) -> Tensor:
+        """Each particle's own part, (K, N)."""
+        return f / self.num_particles
+
+    def reward_without_each(self, f: Tensor, baseline: str) -> Tensor:
+        """The mean of the others."""
+        return mean_without_each(f) / self.num_particles
+
+    def surrogate(self, particles: Particles) -> Tensor:
+        """The objective summed over data, a scalar whose gradient is the estimator's."""
+        f = self._integrand(particles, weigh=self.is_weighted)
+        if not torch.is_grad_enabled():
+            return bounds.elbo(f).sum()
+        if self.cuts:
+            total = bounds.elbo(f.detach()).sum()
+            return total + self._stick_the_landing(particles, f)
+        signals, learning = self.signals(particles, f.detach())
+        return bounds.elbo(f).sum() + self.score_terms(particles, signals) + learning
+
+    def _stick_the_landing(self, particles: Particles, f: Tensor) -> Tensor:
+        """Zero, with the gradient of f but for the guide's own score."""
+        each = torch.full_like(f, 1 / self.num_particles)
+        total = weighted(each, f + _guides_part(particles, self._beta()))
+        if particles.cuts:
+            total = total + through_draws(weighted(each, f), particles.cuts)
+        return total
+
+    def _beta(self) -> Any:
+        return self.beta_now if callable(self.beta) else self.beta
+
+    def _integrand(self, particles: Particles, weigh: bool) -> Tensor:
+        """What the ELBO is the mean of, (K, N), each site's factor with its own scale."""
+        if not weigh and self.kl == "sampled":
+            return _scaled_log_weights(particles)
+        expected, kl = _parts(particles)
+        for name in particles.log_q:
+            analytic = self._analytic(particles, name)
+            if analytic is not None:
+                kl[name] = particles.scales[name] * analytic
+            if weigh and self.free_bits and self.free_bits_per == "unit":
+                kl[name] = particles.scales[name] * self._by_unit(particles, name, analytic)
+        terms = list(kl.values())
+        if weigh and self.free_bits and self.free_bits_per == "site":
+            terms = [self._at_least(term) for term in terms]
+        beta = self._beta() if weigh else 1.0
+        return expected - beta * sum(terms, torch.zeros_like(expected))
+
+    def _analytic(self, particles: Particles, name: str) -> Tensor | None:
+        """KL of a latent in closed form, (K, N), where it is asked for and known."""
+        by_name = isinstance(self.kl, Mapping)
+        chosen = self.kl.get(name, "sampled") if isinstance(self.kl, Mapping) else self.kl
+        found = particles.analytic_kl(name) if chosen == "analytic" else None
+        if found is None and chosen == "analytic" and by_name:
+            raise ValueError(
+                f"KL[{name}] has no closed form here: torch knows none for its distributions, or "
+                "p depends on a latent that the guide draws later. Use 'sampled'."
+            )
+        return found
+
+    def _at_least(self, kl: Tensor) -> Tensor:
+        """Each term, or lambda where its mean over particles and batch is below."""
+        return torch.where(kl.mean((0, 1)) > self.free_bits, kl, self.free_bits)
+
+    def _by_unit(self, particles: Particles, name: str, analytic: Tensor | None) -> Tensor:
+        kl = particles.unit_kl(name, analytic is not None)
+        if kl is None:
+            raise ValueError(
+                f"Free bits per unit need a guide and a prior of {name!r} that both factorise over "
+                "its units: use free_bits_per='site'."
+            )
+        return self._at_least(kl).flatten(2).sum(2)
+
+
+def _parts(particles: Particles) -> tuple[Tensor, dict[str, Tensor]]:
+    """log p(x | z), and log q - log p of each latent, all scaled, (K, N); summed ones in one."""
+    if particles.summed:
+        terms, scale = particles.terms(), particles.scale
+        kl = {k[3:-1]: scale * v for k, v in terms.items() if k.startswith("KL[")}
+        return scale * sum(v for k, v in terms.items() if not k.startswith("KL[")), kl
+    zero = torch.zeros(())
+    kl = {
+        name: (
+            particles.guide_scales[name] * log_q
+            - particles.scales.get(name, 1.0) * particles.log_p.get(name, zero)
+        ).expand(particles.shape)
+        for name, log_q in particles.log_q.items()
+    }
+    observed = [particles.scales[name] * particles.log_p[name] for name in particles.observed]
+    return sum(observed, zero).expand(particles.shape), kl
+
+
+def _guides_part(particles: Particles, beta: Any) -> Tensor:
+    """beta log q, scaled: what the guide's score is the gradient of."""
+    scaled = [particles.guide_scales[name] * log_q for name, log_q in particles.log_q.items()]
+    return beta * sum(scaled, torch.zeros(())).expand(particles.shape)
+
+
+def _scaled_log_weights(particles: Particles) -> Tensor:
+    scales = [*particles.scales.values(), *particles.guide_scales.values()]
+    numbers = not any(isinstance(scale, Tensor) for scale in scales)
+    if particles.summed or (numbers and particles.has_one_scale):
+        return particles.scale * particles.log_weights
+    total = torch.zeros(())
+    for name, log_p in particles.log_p.items():
+        total = total + particles.scales[name] * log_p
+    for name, log_q in particles.log_q.items():
+        total = total - particles.guide_scales[name] * log_q
+    return total.expand(particles.shape)
