@@ -85,6 +85,25 @@ def test_columns_by_name_stream_as_from_memory(run):
     assert_same_fit(run(masked_by_a_column(), data, **SETTINGS), found)
 
 
+class Swapping(Mappings):
+    """Whose columns come in another order for every other row, and so for some of the batches."""
+
+    def __getitem__(self, i):
+        named = super().__getitem__(i)
+        return named if i % 2 else dict(reversed(named.items()))
+
+
+@pytest.mark.parametrize("run", [eager, traced])
+def test_columns_that_change_their_order_are_told_by_name(run):
+    data = {"x": binary(), "seen": binary()[:, :1]}
+    loader, same = (in_same_order(masked_by_a_column(), data, Swapping(data)) for _ in range(2))
+    orders = [list(batch) for batch in same]
+    assert ["x", "seen"] in orders
+    assert ["seen", "x"] in orders
+    found = run(masked_by_a_column(), loader, **SETTINGS)
+    assert_same_fit(run(masked_by_a_column(), data, **SETTINGS), found)
+
+
 def test_labels_beside_images_are_left_alone():
     pairs = TensorDataset(binary(), torch.arange(20))
     found = eager(vae(), in_same_order(vae(), binary(), pairs), **SETTINGS)
