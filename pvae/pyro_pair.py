@@ -143,7 +143,8 @@ class PyroPair(Pair):
             pyro.get_param_store().scope(state) as own,
         ):
             traces = [poutine.trace(p).get_trace(*args, **kwargs) for p in self._programs]
-        used = {name for trace in traces for name in trace.param_nodes}
+        # A declared model's own program names parameters of its module, which the store has not.
+        used = {name for trace in traces for name in trace.param_nodes} & set(own["params"])
         self._register(own, used)
         self._hold_modules()
 

@@ -10,7 +10,8 @@ from pyro.infer import SVI, Trace_ELBO, TraceEnum_ELBO
 from torch import nn
 
 import pvae
-from pvae import PyroPair
+from pvae import PyroPair, models
+from tests.exact import LinearGaussian
 
 PIXELS, CODE = 6, 2
 
@@ -468,3 +469,17 @@ def test_a_continuous_latent_outside_the_guide_is_an_error(x):
 def test_a_pair_prints_the_names_of_its_programs():
     assert repr(PyroPair(linear_model, linear_guide)) == "PyroPair(linear_model, linear_guide)"
     assert repr(PyroPair(VAE().model, VAE().guide)) == "PyroPair(VAE.model, VAE.guide)"
+
+
+def test_a_declared_models_own_program_may_have_a_guide_written_by_hand():
+    truth = LinearGaussian.drawn()
+    x = truth.sample(7)
+    model = truth.declared()
+    pair = PyroPair(model.model, truth.guide)
+    weights = pvae.log_weights(pair, x, 3)
+    torch.testing.assert_close(weights, truth.log_prob(x).expand(3, -1))
+    learned = models.ppca(data_size=5, latent_size=3).double()
+    assert {id(p) for p in learned.model_modules.parameters()} <= {
+        id(p) for p in PyroPair(learned.model, truth.guide).parameters()
+    }
+    assert pvae.log_weights(PyroPair(learned.model, truth.guide), x, 3).isfinite().all()
