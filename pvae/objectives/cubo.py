@@ -18,21 +18,26 @@ class CUBO(Objective):
 
     An upper bound of log p(x), which says nothing of how to change the model: its parameters
     maximise L_K of the same draws. The loss is the K-particle estimate of CUBO_n, which lies below
-    it in expectation, and whose gradient the guide's is. History reports L_K, and CUBO beside it.
+    it in expectation, and whose gradient the guide's is. With few particles that is far from
+    CUBO_n's own, and may point away from the posterior; and early in training weights to the n-th
+    power can send a guide anywhere: set `clip_norm` in `fit`, or begin with another objective.
+    History reports L_K, and CUBO beside it.
 
     Args:
-        num_particles: K.
+        num_particles: K, at least 2: of one particle CUBO is the ELBO, which is not to be lowered.
         order: n.
         baseline: of guide sites without reparameterisation; see `baselines`.
 
     Raises:
-        ValueError: for n <= 1, where it is no upper bound.
+        ValueError: for K = 1 or n <= 1, where it is no upper bound.
     """
 
     cuts = True
 
     def __init__(self, num_particles: int = 50, order: float = 2.0, baseline: Any = "auto"):
         super().__init__(num_particles, baseline)
+        if num_particles < 2:
+            raise ValueError("CUBO of one particle is the ELBO, and cannot bound from above.")
         if order <= 1:
             raise ValueError(f"`order` must be above 1 for an upper bound, got {order}.")
         self.order = order
