@@ -1,0 +1,1 @@
+"""What objectives do in expectation: their gradients, and the laws that they obey."""
