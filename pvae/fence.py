@@ -12,9 +12,16 @@ from pathlib import Path
 
 import pyro
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-__all__ = ["evaluating", "fenced", "module_device", "resolve_device"]
+__all__ = [
+    "evaluating",
+    "fenced",
+    "module_device",
+    "random_state",
+    "resolve_device",
+    "set_random_state",
+]
 
 
 @contextmanager
@@ -118,3 +125,16 @@ def module_device(module: nn.Module) -> torch.device:
     """Where a module's parameters are; the CPU if it has none."""
     first = next(module.parameters(), None)
     return torch.device("cpu") if first is None else first.device
+
+
+def random_state(device: torch.device) -> list[Tensor]:
+    """States of the generators that a step draws from."""
+    cuda = [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []
+    return [torch.get_rng_state(), *cuda]
+
+
+def set_random_state(state: list[Tensor], device: torch.device) -> None:
+    """Put them back."""
+    torch.set_rng_state(state[0])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state[-1], device)

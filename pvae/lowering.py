@@ -232,6 +232,8 @@ def _equal(left: list[Tensor | None], right: list[Tensor | None]) -> bool:
         if a is None or b is None:
             if a is not b:
                 return False
-        elif not (torch.allclose(a, b, 1e-3, 1e-4) if a.is_cuda else torch.equal(a, b)):
-            return False
+        else:
+            rtol, atol = (1e-3, 1e-4) if a.is_cuda else (0.0, 0.0)
+            if not torch.allclose(a, b, rtol, atol, equal_nan=True):
+                return False
     return True

@@ -13,7 +13,7 @@ Cut particles hand each reparameterised draw on as a leaf, so that a gradient ca
 log w through the draws from what reaches it past them.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -55,7 +55,8 @@ class Particles:
         score_sites: guide sites without reparameterisation.
         cuts: of cut particles, each reparameterised draw and the leaf that went on in its place, in
             the order of drawing.
-        masks: `poutine.mask` of each latent of the model, where it has one.
+        masks: `poutine.mask` of each site of the model, where it has one.
+        guide_masks: the same for the guide.
         plates: where the data are.
         singles: of particles drawn one at a time, each alone: their distributions may differ.
     """
@@ -73,13 +74,19 @@ class Particles:
     score_sites: tuple[str, ...] = ()
     cuts: tuple[tuple[Tensor, Tensor], ...] = ()
     masks: dict[str, Any] = field(default_factory=dict)
+    guide_masks: dict[str, Any] = field(default_factory=dict)
     plates: Plates = field(default_factory=Plates)
     singles: tuple["Particles", ...] = ()
 
     @property
     def log_joint(self) -> Tensor:
         """log p(x, z), summed sites summed out: (K, N), nats."""
-        return _log_sum(self._joint(), self.shape).expand(self.shape)
+        return self.log_joint_of(self.log_p)
+
+    def log_joint_of(self, names: Iterable[str]) -> Tensor:
+        """Of some sites of the model: the product of their factors, summed sites summed out."""
+        joint = sum((self.log_p[name] for name in names), torch.zeros(()))
+        return _log_sum(joint, self.shape).expand(self.shape)
 
     @property
     def log_guide(self) -> Tensor:
@@ -148,6 +155,13 @@ class Particles:
             terms[f"KL[{name}]"] = -entropy - sum(expected[site] for site in self.summed)
         return {name: term.expand(self.shape) for name, term in terms.items()}
 
+    def agrees(self, name: str) -> bool:
+        """Whether a latent has the same scale and mask in the guide as in the model."""
+        if name not in self.log_q or name not in self.log_p:
+            return True
+        same_scale = _same(self.scales[name], self.guide_scales[name])
+        return same_scale and _same(self.masks.get(name), self.guide_masks.get(name))
+
     def analytic_kl(self, name: str) -> Tensor | None:
         """KL[q(z | ...) || p(z | ...)] of one latent in closed form, (K, N), nats, if it is known.
 
@@ -186,7 +200,10 @@ class Particles:
         kl = kl_divergence(q, p) if analytic else q.log_prob(value) - p.log_prob(value)
         if kl.dim() > value.dim():  # it depends on a summed latent
             return None
-        return kl.expand(value.shape)
+        mask = self.masks.get(name)
+        if isinstance(mask, Tensor):
+            mask = mask.reshape(*mask.shape, *(1,) * (value.dim() - 2))
+        return scale_and_mask(kl.expand(value.shape), mask=mask)
 
     def posterior_values(self) -> dict[str, Tensor]:
         """Drawn values of every latent, (K, N, *event), summed ones drawn from p(c | x, z)."""
@@ -214,8 +231,8 @@ def _each_unit(d: Distribution) -> Distribution:
 
 def _same(a: Any, b: Any) -> bool:
     """Whether scales are equal; while a graph is traced, which has no values, the same tensor."""
-    if a is b:
-        return True
+    if a is b or a is None or b is None:
+        return a is b
     if isinstance(a, Tensor) or isinstance(b, Tensor):
         if get_proxy_mode() is not None:
             return False
@@ -372,6 +389,7 @@ def _collect(
         score_sites=tuple(n for n, s in guide_sites.items() if not s["fn"].has_rsample),
         cuts=cuts,
         masks={n: s["mask"] for n, s in model_sites.items() if s["mask"] is not None},
+        guide_masks={n: s["mask"] for n, s in guide_sites.items() if s["mask"] is not None},
         plates=plates,
     )
 
@@ -434,6 +452,7 @@ def _join(single: list[Particles]) -> Particles:
         score_sites=first.score_sites,
         cuts=tuple(cut for particles in single for cut in particles.cuts),
         masks=first.masks,
+        guide_masks=first.guide_masks,
         plates=first.plates,
         singles=tuple(single),
     )

@@ -63,6 +63,13 @@ class Programs:
         sites: Any = {name: trace.nodes[name] for name in trace.stochastic_nodes}
         return [n for n, s in sites.items() if not s["fn"].has_rsample and not is_subsample(s)]
 
+    def auxiliary_sites(self) -> list[str]:
+        """Guide sites that are none of the model's, but steps on the way to one."""
+        with torch.no_grad(), torch.random.fork_rng(), poutine.block():
+            trace = poutine.trace(self.guide).get_trace(*self.args, **self.kwargs)
+        sites: Any = {name: trace.nodes[name] for name in trace.stochastic_nodes}
+        return [name for name, site in sites.items() if site["infer"].get("is_auxiliary")]
+
     def dream(self) -> Tensor:
         """log q(z | x), with z and x drawn from the model, as many as there are data: (N,), nats.
 

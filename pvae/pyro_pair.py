@@ -31,7 +31,9 @@ class PyroPair(Pair):
     """A Pyro model and guide as one `nn.Module`.
 
     Both are called with the batch: a tensor as the only argument, several columns by keyword. All
-    sample sites must lie in one vectorised plate over the data.
+    sample sites must lie in one vectorised plate over the data. Under torch's autocast, cast what
+    networks return by `.float()`, as declared models do by themselves: a density in bfloat16 is off
+    by tenths of a nat.
 
     Args:
         model: Pyro program.
@@ -175,6 +177,24 @@ class PyroPair(Pair):
         if isinstance(batch, Mapping):
             return {name: _repeat(value, num_data) for name, value in batch.items()}
         return _repeat(batch, num_data)
+
+    def data_of(self, drawn: Mapping[str, Tensor], given: Batch | None = None) -> Batch:
+        """What the model has drawn, as data for it, with columns that it does not draw.
+
+        Raises:
+            ValueError: where an observed site's data are not one of the programs' arguments.
+        """
+        if self._places is None:
+            raise ValueError(
+                f"{self.name!r} observes what is no column of its data as it is, so that draws of "
+                "the model cannot take its place."
+            )
+        batch: Any = dict(given) if isinstance(given, Mapping) else {}
+        for name, (_, *key) in self._places.items():
+            if not key:
+                return drawn[name]
+            batch[key[0]] = drawn[name]
+        return batch
 
     def __repr__(self) -> str:
         model, guide = (getattr(p, "__qualname__", type(p).__name__) for p in self._programs)

@@ -25,7 +25,7 @@ from pvae import checkpoint
 from pvae.batches import Source
 from pvae.declare import LatentModel
 from pvae.failure import bad_datum_of_gradient, bad_parameters, bad_site, is_bad
-from pvae.fence import evaluating, fenced
+from pvae.fence import evaluating, fenced, random_state, set_random_state
 from pvae.lowering import PACKAGE, CannotLower
 from pvae.objectives import ELBO, Objective
 from pvae.pair import Batch, Columns, Pair
@@ -57,7 +57,7 @@ class Run:
         self.model, self.source, self.device = model, source, source.device
         self.objective: Any = objective
         if isinstance(objective, Objective):  # it may count steps, and learn baselines
-            self.objective = copy.deepcopy(objective)
+            self.objective = objective.fresh()
         self.clip_norm, self.seed = clip_norm, seed
         model.to(self.device)
         with torch.random.fork_rng():
@@ -267,7 +267,7 @@ class Run:
         for tensors, index in self.source.epoch(len(self.history) + 1):
             if steps is not None and self.steps >= steps:
                 break
-            state = _random_state(self.device)
+            state = random_state(self.device)
             self._ours.at(self.steps)
             try:
                 found = self.step.eager(*tensors)
@@ -299,7 +299,7 @@ class Run:
         bad_gradient = any(is_bad(gradient) for gradient in gradients)
         if bool(values[0].isfinite()) and not bad_gradient:
             return "", ""
-        _set_random_state(state, self.device)
+        set_random_state(state, self.device)
         batch = self.source.fetch(*self.source.fixed, *tensors)
         if not bool(values[0].isfinite()):
             with torch.no_grad():
@@ -359,7 +359,7 @@ class Run:
         best = {key: value.to(self.device) for key, value in state["best"].items()}
         self.best = (state["best_valid"], state["best_epoch"], best)
         self._ours.load_state_dict(state.get("objective", {}))
-        _set_random_state(state["random"], self.device)
+        set_random_state(state["random"], self.device)
 
     def _check_whole_epochs(
         self, folder: str | os.PathLike[str], stopped: str, step: int, steps: int | None
@@ -385,7 +385,7 @@ class Run:
             "best": self.best[2],
             "best_valid": self.best[0],
             "best_epoch": self.best[1],
-            "random": _random_state(self.device),
+            "random": random_state(self.device),
             "objective": dict(self._ours.state_dict()),
             "example": self.example,  # from which `load` prepares a PyroPair
         }
@@ -416,7 +416,7 @@ class _Before:
         self.weights = run.weights()
         self.optimizer = copy.deepcopy(run.optimizer.state_dict())
         self.objective = copy.deepcopy(run._ours.state_dict())
-        self.random = _random_state(run.device)
+        self.random = random_state(run.device)
         self.steps = run.steps
 
     def restore(self, run: Run) -> None:
@@ -425,20 +425,8 @@ class _Before:
         run._ours.load_state_dict(self.objective)
         _restore_optimizer(run.optimizer, self.optimizer)
         run.step.forget()
-        _set_random_state(self.random, run.device)
+        set_random_state(self.random, run.device)
         run.steps = self.steps
-
-
-def _random_state(device: torch.device) -> list[Tensor]:
-    """States of the generators that a step draws from."""
-    cuda = [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []
-    return [torch.get_rng_state(), *cuda]
-
-
-def _set_random_state(state: list[Tensor], device: torch.device) -> None:
-    torch.set_rng_state(state[0])
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(state[-1], device)
 
 
 def _restore_optimizer(optimizer: Optimizer, state: dict[str, Any]) -> None:

@@ -9,7 +9,7 @@ for any b_k that does not depend on z_k. By name:
 - "leave-one-out": what the reward is, estimated from the other particles (Mnih & Rezende 2016 for
   bounds; Kool et al. 2019 for the ELBO).
 - "vimco": the bound with w_k replaced by the geometric mean of the others (Mnih & Rezende 2016,
-  eq. 10).
+  eq. 10); for the ELBO, which has no such part, the same as "leave-one-out".
 - "average": a decaying average of past rewards, the same for all data (Mnih & Gregor 2014, 2.3).
 - "learned": a network's prediction of the reward from x, trained beside the guide (the same).
 - "none".
@@ -71,13 +71,13 @@ class Learned(nn.Module):
         return self.net(observed).squeeze(-1)
 
 
-def check(baseline: Any, allowed: tuple[str, ...] = NAMES) -> None:
+def check(baseline: Any) -> None:
     """Raise unless every baseline is a name or a network."""
     each = baseline.values() if isinstance(baseline, Mapping) else [baseline]
     for one in each:
-        if not isinstance(one, nn.Module) and one not in allowed:
+        if not isinstance(one, nn.Module) and one not in NAMES:
             raise ValueError(
-                f"`baseline` must be one of {', '.join(map(repr, allowed))}, a network, or these "
+                f"`baseline` must be one of {', '.join(map(repr, NAMES))}, a network, or these "
                 f"by site; got {one!r}."
             )
 

@@ -6,6 +6,7 @@ What is weighted (beta, free bits) is no bound that two models could be compared
 it as "weighted", beside the bound.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pvae import bounds
-from pvae.objectives.baselines import mean_without_each
+from pvae.objectives import baselines
 from pvae.objectives.gradient import through_draws, weighted
 from pvae.objectives.objective import Objective
 from pvae.particles import Particles
@@ -63,11 +64,12 @@ class ELBO(Objective):
         baseline: Any = "auto",
     ):
         super().__init__(num_particles, baseline)
-        self.gradient, self.kl, self.beta = gradient, kl, beta
+        self.gradient, self.kl = gradient, kl
+        self.beta = beta if callable(beta) else float(beta)
         self.free_bits, self.free_bits_per = free_bits, free_bits_per
         self._check()
-        self.cuts = gradient == "stl"
-        now = beta(0) if callable(beta) else beta
+        self.cuts = self.separates = gradient == "stl"
+        now = self.beta(0) if callable(self.beta) else self.beta
         self.register_buffer("beta_now", torch.tensor(now, dtype=torch.float64), persistent=False)
 
     beta_now: Tensor
@@ -80,8 +82,7 @@ class ELBO(Objective):
                 raise ValueError(
                     f"`kl` must be 'sampled', 'analytic', or these by latent; got {kl!r}."
                 )
-        if not callable(self.beta) and not self.beta >= 0:
-            raise ValueError(f"`beta` must be a weight of at least 0, got {self.beta}.")
+        _checked(self.beta(0) if callable(self.beta) else self.beta)
         if not self.free_bits >= 0:
             raise ValueError(f"`free_bits` must be at least 0 nats, got {self.free_bits}.")
         if self.free_bits_per not in ("site", "unit"):
@@ -102,7 +103,7 @@ class ELBO(Objective):
     def at(self, step: int) -> None:
         """Set beta to its value after this many steps."""
         if callable(self.beta):
-            self.beta_now.fill_(self.beta(step))
+            self.beta_now.fill_(_checked(self.beta(step)))
 
     # ------------------------------------------------------------------ the integrand
 
@@ -122,7 +123,7 @@ class ELBO(Objective):
 
     def reward_without_each(self, f: Tensor, baseline: str) -> Tensor:
         """The mean of the others."""
-        return mean_without_each(f) / self.num_particles
+        return baselines.mean_without_each(f) / self.num_particles
 
     def surrogate(self, particles: Particles) -> Tensor:
         """The objective summed over data, a scalar whose gradient is the estimator's."""
@@ -150,25 +151,49 @@ class ELBO(Objective):
         """What the ELBO is the mean of, (K, N), each site's factor with its own scale."""
         if not weigh and self.kl == "sampled":
             return _scaled_log_weights(particles)
-        expected, kl = _parts(particles)
-        for name in particles.log_q:
-            analytic = self._analytic(particles, name)
-            if analytic is not None:
-                kl[name] = particles.scales[name] * analytic
-            if weigh and self.free_bits and self.free_bits_per == "unit":
-                kl[name] = particles.scales[name] * self._by_unit(particles, name, analytic)
-        terms = list(kl.values())
-        if weigh and self.free_bits and self.free_bits_per == "site":
-            terms = [self._at_least(term) for term in terms]
-        beta = self._beta() if weigh else 1.0
-        return expected - beta * sum(terms, torch.zeros_like(expected))
+        beta, floor = (self._beta(), self.free_bits) if weigh else (1.0, 0.0)
+        total = torch.zeros(particles.shape).to(particles.log_weights)
+        for key, term in particles.terms().items():
+            kind, _, name = key[:-1].partition("[")
+            if kind == "KL":
+                total = total - beta * self._kl(particles, name, term, floor)
+            else:
+                total = total + particles.scales[name] * term
+        return total
+
+    def _kl(self, particles: Particles, name: str, sampled: Tensor, floor: float) -> Tensor:
+        """A KL term, scaled, (K, N): sampled or in closed form, above the floor if there is one.
+
+        Raises:
+            ValueError: where a closed form or a floor is asked for, and cannot be had.
+        """
+        if not particles.agrees(name):
+            self._refuse_apart(name, floor)
+            log_q, log_p = particles.log_q[name], particles.log_p[name]
+            return particles.guide_scales[name] * log_q - particles.scales[name] * log_p
+        analytic = self._analytic(particles, name)
+        kl = sampled if analytic is None else analytic
+        if floor and self.free_bits_per == "unit":
+            kl = self._by_unit(particles, name, analytic)
+        elif floor:
+            kl = self._at_least(kl)
+        summed = name not in particles.log_q  # several names, perhaps, of one scale
+        return (particles.scale if summed else particles.guide_scales[name]) * kl
+
+    def _refuse_apart(self, name: str, floor: float) -> None:
+        if floor or (isinstance(self.kl, Mapping) and self.kl.get(name) == "analytic"):
+            raise ValueError(
+                f"KL[{name}] is no one term where {name!r} has another scale or mask in the guide "
+                "than in the model: give both the same, or use sampled terms without free bits."
+            )
 
     def _analytic(self, particles: Particles, name: str) -> Tensor | None:
         """KL of a latent in closed form, (K, N), where it is asked for and known."""
-        by_name = isinstance(self.kl, Mapping)
         chosen = self.kl.get(name, "sampled") if isinstance(self.kl, Mapping) else self.kl
-        found = particles.analytic_kl(name) if chosen == "analytic" else None
-        if found is None and chosen == "analytic" and by_name:
+        if chosen == "sampled" or name not in particles.log_q:
+            return None
+        found = particles.analytic_kl(name)
+        if found is None and isinstance(self.kl, Mapping):
             raise ValueError(
                 f"KL[{name}] has no closed form here: torch knows none for its distributions, or "
                 "p depends on a latent that the guide draws later. Use 'sampled'."
@@ -180,31 +205,25 @@ class ELBO(Objective):
         return torch.where(kl.mean((0, 1)) > self.free_bits, kl, self.free_bits)
 
     def _by_unit(self, particles: Particles, name: str, analytic: Tensor | None) -> Tensor:
-        kl = particles.unit_kl(name, analytic is not None)
+        known = name in particles.log_q and name in particles.model_sites
+        kl = particles.unit_kl(name, analytic is not None) if known else None
         if kl is None:
             raise ValueError(
                 f"Free bits per unit need a guide and a prior of {name!r} that both factorise over "
                 "its units: use free_bits_per='site'."
             )
-        return self._at_least(kl).flatten(2).sum(2)
+        return self._at_least(kl).reshape(*particles.shape, -1).sum(2)
 
 
-def _parts(particles: Particles) -> tuple[Tensor, dict[str, Tensor]]:
-    """log p(x | z), and log q - log p of each latent, all scaled, (K, N); summed ones in one."""
-    if particles.summed:
-        terms, scale = particles.terms(), particles.scale
-        kl = {k[3:-1]: scale * v for k, v in terms.items() if k.startswith("KL[")}
-        return scale * sum(v for k, v in terms.items() if not k.startswith("KL[")), kl
-    zero = torch.zeros(())
-    kl = {
-        name: (
-            particles.guide_scales[name] * log_q
-            - particles.scales.get(name, 1.0) * particles.log_p.get(name, zero)
-        ).expand(particles.shape)
-        for name, log_q in particles.log_q.items()
-    }
-    observed = [particles.scales[name] * particles.log_p[name] for name in particles.observed]
-    return sum(observed, zero).expand(particles.shape), kl
+def _checked(beta: Any) -> float:
+    """A KL weight.
+
+    Raises:
+        ValueError: if it is none.
+    """
+    if not 0 <= float(beta) < math.inf:
+        raise ValueError(f"`beta` must be a weight of at least 0, got {beta}.")
+    return float(beta)
 
 
 def _guides_part(particles: Particles, beta: Any) -> Tensor:

@@ -47,7 +47,7 @@ class IWAE(Objective):
         if gradient not in ("pathwise", "stl", "dreg"):
             raise ValueError(f"`gradient` must be 'pathwise', 'stl' or 'dreg', got {gradient!r}.")
         self.gradient = gradient
-        self.cuts = gradient != "pathwise"
+        self.cuts = self.separates = gradient != "pathwise"
 
     def value(self, log_weights: Tensor) -> Tensor:
         """L_K."""

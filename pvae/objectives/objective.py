@@ -7,7 +7,9 @@ Pyro's own classes do), and as `objective(model, guide)` in a loop of one's own.
 value of each datum; they never enter the logarithm of a sum.
 """
 
+import copy
 import inspect
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -37,6 +39,7 @@ class Objective(pyro.infer.ELBO, nn.Module):
     Attributes:
         draws: particles drawn for each datum in all.
         cuts: whether the gradient is put together from `coefficients`.
+        separates: whether these treat the guide's score otherwise than its draws.
         dreams: whether the guide also learns from data that the model draws.
         uses_signals: whether draws without reparameterisation need a learning signal; False where
             the score of every draw is among the coefficients.
@@ -46,6 +49,7 @@ class Objective(pyro.infer.ELBO, nn.Module):
     """
 
     cuts = False
+    separates = False
     dreams = False
     gradient = "pathwise"
     uses_signals = True
@@ -159,6 +163,12 @@ class Objective(pyro.infer.ELBO, nn.Module):
         if self._is_prepared:
             return
         self._is_prepared = True
+        if self.separates and (hidden := programs.auxiliary_sites()):
+            raise ValueError(
+                f"{self!r} separates the guide's score from its draws, which cannot be done where "
+                f"a draw goes through the auxiliary site {hidden[0]!r}. Draw each latent from its "
+                "own distribution, or use ELBO(), IWAE(), PIWAE() or CUBO()."
+            )
         through_draws = self.gradient in ("stl", "dreg")
         sites = programs.score_sites() if self.uses_signals or through_draws else ()
         if not sites:
@@ -174,7 +184,7 @@ class Objective(pyro.infer.ELBO, nn.Module):
         for name in sites:
             chosen = self._chosen(name)
             kept = baselines.make(chosen, particles)
-            if kept is not None and name not in self.kept:
+            if kept is not None:
                 self.kept[name] = kept
 
     def at(self, step: int) -> None:
@@ -199,8 +209,8 @@ class Objective(pyro.infer.ELBO, nn.Module):
         if self._found is None or self._found[:2] != (model, guide):
             plates = find_plates(model, guide, args, kwargs)
             places = find_places(model, guide, args, kwargs) if self.dreams else None
+            self._forget()
             self._found = (model, guide, plates, places)
-            self._is_prepared = False
         plates, places = self._found[2:]
         return Programs(model, guide, args, kwargs, plates, places=places)
 
@@ -224,6 +234,18 @@ class Objective(pyro.infer.ELBO, nn.Module):
         """Abstract in `pyro.infer.ELBO`; here `draw` traces both programs."""
         raise NotImplementedError
 
+    def fresh(self) -> "Objective":
+        """A copy that has met no programs yet."""
+        copied = copy.deepcopy(self)
+        copied._forget()
+        copied.calls = 0
+        return copied
+
+    def _forget(self) -> None:
+        """The programs, and the baselines that were learned on them."""
+        self._found, self._is_prepared = None, False
+        self.kept.clear()
+
     def __getstate__(self) -> dict[str, Any]:
         """Copies are of the objective alone, not of the programs that it has met."""
         return {**self.__dict__, "_found": None}
@@ -246,4 +268,4 @@ def _text(value: Any) -> str:
         return "{" + ", ".join(f"{key!r}: {_text(v)}" for key, v in value.items()) + "}"
     if isinstance(value, nn.Module):
         return type(value).__name__
-    return getattr(value, "__qualname__", None) or repr(value)
+    return getattr(value, "__qualname__", None) or re.sub(r" at 0x\w+", "", repr(value))

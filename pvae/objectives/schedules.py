@@ -6,6 +6,8 @@ run's settings tell how it was made.
 
 from dataclasses import dataclass
 
+from pvae.particles import check_count
+
 __all__ = ["Cyclical", "WarmUp"]
 
 
@@ -20,6 +22,11 @@ class WarmUp:
 
     steps: int
     start: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_count("steps", self.steps)
+        if not 0 <= self.start <= 1:
+            raise ValueError(f"`start` must be a weight in [0, 1], got {self.start}.")
 
     def __call__(self, step: int) -> float:
         """beta after this many steps."""
@@ -39,6 +46,12 @@ class Cyclical:
     steps: int
     cycles: int = 4
     rise: float = 0.5
+
+    def __post_init__(self) -> None:
+        check_count("steps", self.steps)
+        check_count("cycles", self.cycles)
+        if not 0 < self.rise <= 1:
+            raise ValueError(f"`rise` must be a share in (0, 1], got {self.rise}.")
 
     def __call__(self, step: int) -> float:
         """beta after this many steps."""

@@ -36,6 +36,7 @@ class TVO(Objective):
     """
 
     cuts = True
+    separates = True
     uses_signals = False
 
     def __init__(self, num_particles: int = 50, betas: Sequence[float] | None = None):

@@ -34,6 +34,7 @@ class ReweightedWakeSleep(Objective):
     """
 
     cuts = True
+    separates = True
     uses_signals = False
 
     def __init__(self, num_particles: int = 50, guide: Literal["wake", "sleep", "both"] = "wake"):
@@ -75,6 +76,7 @@ class ForwardKL(Objective):
     """
 
     cuts = True
+    separates = True
     uses_signals = False
 
     def __init__(self, num_particles: int = 50, gradient: Literal["score", "dreg"] = "score"):
