@@ -25,6 +25,7 @@ __all__ = [
     "iwae_standard_error",
     "khat_threshold",
     "pareto_khat",
+    "psis",
     "renyi",
     "tvo",
 ]
@@ -127,7 +128,9 @@ def renyi(log_weights: Tensor, alpha: float, num_particles: int | None = None) -
     if alpha == -math.inf:
         return blocks.amax(1).mean(0)
     power = 1 - alpha
-    return ((power * blocks).logsumexp(1) - math.log(blocks.shape[1])).mean(0) / power
+    a = power * blocks.double()  # near alpha = 1 the division magnifies rounding
+    found = (a.logsumexp(1) - math.log(blocks.shape[1])).mean(0) / power
+    return found.to(log_weights.dtype)
 
 
 def cubo(log_weights: Tensor, order: float = 2.0) -> Tensor:
@@ -162,14 +165,17 @@ def check_betas(betas: Sequence[float]) -> None:
         raise ValueError(f"`betas` must rise from 0, and lie below 1; got {tuple(betas)}.")
 
 
-def tvo(log_weights: Tensor, betas: Sequence[float] | None = None, upper: bool = False) -> Tensor:
+def tvo(
+    log_weights: Tensor, betas: Sequence[float] | Tensor | None = None, upper: bool = False
+) -> Tensor:
     """Riemann sum of E_{pi_beta}[log w] over beta in [0, 1] (Masrani et al. 2019, eqs. 6, 7).
 
     Each expectation is by self-normalised importance sampling, with weights w^beta.
 
     Args:
         log_weights: (K, N), nats.
-        betas: where the intervals begin, rising from 0, below 1; `log_uniform_betas()` left out.
+        betas: where the intervals begin, rising from 0, below 1; `log_uniform_betas()` left out. A
+            tensor has the end of the last, 1, as well, and is taken as it is.
         upper: the right sum, an upper bound, instead of the left one.
 
     Returns:
@@ -180,9 +186,12 @@ def tvo(log_weights: Tensor, betas: Sequence[float] | None = None, upper: bool =
         ValueError: for other betas.
     """
     _check(log_weights)
-    betas = log_uniform_betas() if betas is None else betas
-    check_betas(betas)
-    grid = log_weights.new_tensor([*betas, 1.0])
+    if isinstance(betas, Tensor):
+        grid = betas.to(log_weights)
+    else:
+        betas = log_uniform_betas() if betas is None else betas
+        check_betas(betas)
+        grid = log_weights.new_tensor([*betas, 1.0])
     at = (grid[1:] if upper else grid[:-1]).reshape(-1, 1, 1)
     s = torch.where(at > 0, at * log_weights, 0.0).softmax(1)
     means = torch.where(s > 0, s * log_weights, 0.0).sum(1)
@@ -222,32 +231,73 @@ def pareto_khat(log_weights: Tensor) -> Tensor:
         too few weights are above zero to fit one. NaN with fewer than 30 particles, where every
         weight is zero, or where ties leave no tail.
     """
+    return psis(log_weights)[1]
+
+
+def psis(log_weights: Tensor) -> tuple[Tensor, Tensor]:
+    """log p(x) estimated with the tail of the weights smoothed, and their k-hat, by ArviZ.
+
+    The largest 3 sqrt(K) weights are replaced by quantiles of the generalised Pareto distribution
+    fitted to them (Vehtari et al. 2024, section 3.1). Less noisy than L_K where k-hat is below its
+    threshold, and no bound: smoothing has a bias of its own, mostly downward.
+
+    Args:
+        log_weights: (K, N), nats.
+
+    Returns:
+        The estimate (N,), nats, L_K where there is no tail to smooth; and k-hat (N,), see
+        `pareto_khat`.
+    """
     from arviz_stats.base import array_stats
 
-    values = _check(log_weights).detach().cpu().T.contiguous().numpy()
+    estimate = iwae(log_weights).double().cpu()
+    values = log_weights.detach().cpu().T.contiguous().numpy()
     khat = np.full(len(values), math.nan)
     num_draws = values.shape[1]
-    if num_draws >= FEWEST_DRAWS:
-        some = np.isfinite(values).any(1)
-        # Weights of zero say nothing about the upper tail, but ArviZ needs finite numbers.
-        values, r_eff = _top(np.maximum(values, np.finfo(np.float32).min / 4))
-        tail = math.ceil(min(num_draws / 5, 3 * math.sqrt(num_draws))) + 1
-        largest = np.partition(values, values.shape[1] - tail)[:, -tail:]
-        spread = largest.max(1) - largest.min(1)
-        rounding = 64 * torch.finfo(log_weights.dtype).eps * np.maximum(1, np.abs(largest).max(1))
-        # Below the range of a float ArviZ's fit fails without a word, and leaves its prior, which
-        # looks good: k-hat 0.05 for 1,000 particles of which one has all the weight.
-        quartile = np.partition(largest, tail // 4)[:, tail // 4]
-        beyond = largest.max(1) - quartile > 600
-        khat[beyond & some] = math.inf
-        fits = (spread > rounding) & some & ~beyond
-        khat[(spread <= rounding) & some] = 0.0
-        if fits.any():
-            weights = np.exp(values[fits] - values[fits].max(1, keepdims=True))
-            khat[fits] = array_stats.pareto_khat(
-                weights, chain_axis=None, draw_axis=1, r_eff=r_eff, tail="right"
-            )
-    return torch.as_tensor(khat)
+    if num_draws < FEWEST_DRAWS:
+        return estimate, torch.as_tensor(khat)
+    some = np.isfinite(values).any(1)
+    # Weights of zero say nothing about the upper tail, but ArviZ needs finite numbers.
+    whole = np.maximum(values, np.finfo(np.float32).min / 4)
+    largest, r_eff = _top(whole)
+    spread, beyond = _spread(largest, num_draws, torch.finfo(log_weights.dtype).eps)
+    khat[(spread <= 0) & some] = 0.0
+    khat[beyond & some] = math.inf
+    fits = (spread > 0) & some & ~beyond
+    if fits.any():
+        smoothed, khat[fits] = array_stats.psislw(-largest[fits], axis=1, r_eff=r_eff)
+        estimate[torch.as_tensor(fits)] = torch.as_tensor(
+            _log_mean(whole[fits], largest[fits], smoothed)
+        )
+    return estimate, torch.as_tensor(khat)
+
+
+def _spread(largest: Any, num_draws: int, eps: float) -> tuple[Any, Any]:
+    """Of each row's tail, its width, zero if that is rounding; and whether it is beyond a fit.
+
+    Below the range of a float ArviZ's fit fails without a word, and leaves its prior, which looks
+    good: k-hat 0.05 for 1,000 particles of which one has all the weight.
+    """
+    size = math.ceil(min(num_draws / 5, 3 * math.sqrt(num_draws))) + 1
+    tail = np.partition(largest, largest.shape[1] - size)[:, -size:]
+    spread = tail.max(1) - tail.min(1)
+    rounding = 64 * eps * np.maximum(1, np.abs(tail).max(1))
+    quartile = np.partition(tail, size // 4)[:, size // 4]
+    return np.where(spread > rounding, spread, 0.0), tail.max(1) - quartile > 600
+
+
+def _log_mean(values: Any, largest: Any, smoothed: Any) -> Any:
+    """log of the mean weight, with the largest as smoothed: ArviZ gives these normalised.
+
+    The smallest of them is not smoothed, and tells what they were normalised by.
+    """
+    least = largest.argmin(1)[:, None]
+    total = np.take_along_axis(largest, least, 1) - np.take_along_axis(smoothed, least, 1)
+    rest = values.shape[1] - largest.shape[1]
+    if rest:
+        small = np.partition(values, rest)[:, :rest].astype(np.float64)
+        total = np.logaddexp(total, torch.as_tensor(small).logsumexp(1, keepdim=True).numpy())
+    return total[:, 0] - math.log(values.shape[1])
 
 
 def _top(values: Any) -> tuple[Any, float]:

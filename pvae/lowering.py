@@ -38,6 +38,19 @@ FASTER: list[tuple[Callable[..., Any], Callable[..., Any]]] = [
 ]
 
 
+@torch.library.custom_op(
+    "pvae::bernoulli", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,)
+)
+def _bernoulli(probs: Tensor) -> Tensor:
+    """torch's own draws, which inductor would replace by others of the same law."""
+    return torch.bernoulli(probs)
+
+
+@_bernoulli.register_fake
+def _(probs: Tensor) -> Tensor:
+    return torch.empty_like(probs)
+
+
 class CannotLower(RuntimeError):
     """The program cannot be run as a graph; run it as it is."""
 
@@ -162,6 +175,9 @@ def compiled(graph: Callable[..., Any], tensors: list[Any]) -> Callable[..., Any
     import torch._inductor
 
     assert isinstance(graph, fx.GraphModule)
+    for node in graph.graph.find_nodes(op="call_function", target=ops.bernoulli.default):
+        node.target = torch.ops.pvae.bernoulli.default
+    graph.recompile()
     if tensors[0].device.type == "cpu":
         for slow, fast in FASTER:
             fx.replace_pattern(graph, slow, fast)

@@ -20,9 +20,12 @@ from torch.distributions import Distribution, constraints
 
 from pvae.data import Data
 from pvae.fence import evaluating, module_device
-from pvae.particles import Particles, check_count
+from pvae.particles import Particles, Program, check_count
 from pvae.plates import Plates
-from pvae.programs import Place, Programs
+from pvae.programs import Places, Programs, Unobserved
+from pvae.proposals import defensive, prior
+
+PROPOSALS = ("guide", "prior", "defensive")
 
 __all__ = ["Batch", "Columns", "Pair", "announce"]
 
@@ -128,6 +131,11 @@ class Pair(nn.Module):
     def _to_draw(self, num_data: int, given: Batch | None) -> tuple[Any, ...]:
         return (self.blank(num_data, given),)
 
+    def data_of(self, drawn: Mapping[str, Tensor], given: Batch | None = None) -> Batch:
+        """What the model has drawn, as data for it, with values that are conditioned on."""
+        observed = {name: drawn[name] for name in self.observed}
+        return {**observed, **given} if isinstance(given, Mapping) else observed
+
     @property
     def observed(self) -> list[str]:
         """Names of the observed sites, where a declaration tells them."""
@@ -139,7 +147,8 @@ class Pair(nn.Module):
         Args:
             batch: tensor (N, *event), or tensors by name.
             num_particles: K.
-            proposal: "guide", or "prior" to draw z from p(z): naive Monte Carlo.
+            proposal: "guide"; "prior" to draw z from p(z), naive Monte Carlo; or "defensive", nine
+                parts of the one and one of the other, whose weights are bounded.
 
         Raises:
             ValueError: for another proposal.
@@ -147,37 +156,40 @@ class Pair(nn.Module):
         return self.programs(batch, proposal).draw(num_particles)
 
     def programs(self, batch: Batch, proposal: str = "guide") -> Programs:
-        """Both programs over a batch, prepared for it.
+        """The model and a proposal over a batch, prepared for it.
 
         Raises:
-            ValueError: for a proposal other than "guide" or "prior".
+            ValueError: for an unknown proposal.
         """
-        if proposal not in ("guide", "prior"):
-            raise ValueError(f"`proposal` must be 'guide' or 'prior', got {proposal!r}.")
+        if proposal not in PROPOSALS:
+            known = ", ".join(map(repr, PROPOSALS))
+            raise ValueError(f"`proposal` must be one of {known}, got {proposal!r}.")
         self.prepare(batch)
+        guide: Program = self.guide
+        if proposal != "guide":
+            guide = prior(self.model, self.summed)
+        if proposal == "defensive":
+            if self.summed:
+                raise ValueError(
+                    "The defensive proposal needs the density p(z) of what the guide draws, which "
+                    f"in {self.name!r} is a sum over {', '.join(self.summed)}. Use 'guide' or "
+                    "'prior'."
+                )
+            guide = defensive(self.guide, guide, self.plates)
         return Programs(
             self.model,
-            self.guide if proposal == "guide" else self._prior,
+            guide,
             (batch,),
             plates=self.plates,
             vectorize=self.vectorize_particles,
             places=self.places(batch),
         )
 
-    def places(self, batch: Batch) -> Mapping[str, Place] | None:
+    def places(self, batch: Batch) -> Places | None:
         """Where in the batch, the programs' argument 0, the data of each observed site are."""
         if isinstance(batch, Tensor):
-            return dict.fromkeys(self.observed[:1], (0,))
-        return {name: (0, name) for name in self.observed}
-
-    def _prior(self, batch: Batch) -> None:
-        """The model's prior as a guide: its unobserved sites, but for those summed out."""
-
-        def hidden(site: Any) -> bool:
-            return site["type"] == "sample" and (site["is_observed"] or site["name"] in self.summed)
-
-        with poutine.block(hide_fn=hidden):
-            self.model(batch)
+            return {name: [(0,)] for name in self.observed[:1]}
+        return {name: [(0, name)] for name in self.observed}
 
     def prior_predictive(self, num_samples: int, given: Batch | None = None) -> dict[str, Tensor]:
         """Draw from p(z) p(x | z), with torch's global random state.
@@ -194,7 +206,7 @@ class Pair(nn.Module):
         """
         check_count("num_samples", num_samples)
         with evaluating(self):
-            program = poutine.uncondition(self.model)
+            program = Unobserved()(self.model)
             trace = poutine.trace(program).get_trace(*self._to_draw(num_samples, given))
         sites: Any = {name: trace.nodes[name] for name in trace.stochastic_nodes}
         sites |= {name: trace.nodes[name] for name in trace.observation_nodes}
@@ -264,7 +276,7 @@ class Pair(nn.Module):
         """
         size = len(next(iter(values.values())))
         with evaluating(self), pyro.validation_enabled(False):
-            program = poutine.condition(poutine.uncondition(self.model), dict(values))
+            program = poutine.condition(Unobserved()(self.model), dict(values))
             trace = poutine.trace(program).get_trace(*self._to_draw(size, given))
         sites: Any = {name: trace.nodes[name] for name in trace.stochastic_nodes}
         return {
@@ -372,6 +384,8 @@ def _centre(d: Any) -> Tensor:
 
 def guide_mean(particles: Particles, name: str) -> Tensor:
     """Mean of the guide's distribution at a site (K, N, *event), or the draws if it has none."""
+    if particles.singles:
+        return torch.stack([guide_mean(single, name) for single in particles.singles])
     value = particles.values[name]
     try:
         return particles.guide_sites[name].mean.expand(value.shape)

@@ -162,6 +162,13 @@ class Particles:
         same_scale = _same(self.scales[name], self.guide_scales[name])
         return same_scale and _same(self.masks.get(name), self.guide_masks.get(name))
 
+    def seen(self, name: str) -> Tensor:
+        """Of which data a latent's factors are not masked, (1 or K, 1 or N)."""
+        mask = self.masks.get(name, True)
+        if not isinstance(mask, Tensor):
+            return torch.full((1, 1), bool(mask), device=self.log_weights.device)
+        return _by_datum(mask.to(torch.get_default_dtype()), self.plates) > 0
+
     def analytic_kl(self, name: str) -> Tensor | None:
         """KL[q(z | ...) || p(z | ...)] of one latent in closed form, (K, N), nats, if it is known.
 
@@ -383,8 +390,8 @@ def _collect(
         guide_sites={name: site["fn"] for name, site in guide_sites.items()},
         observed=tuple(name for name, site in model_sites.items() if site["is_observed"]),
         summed=tuple(sorted(summed, key=lambda n: -model_sites[n]["infer"]["_enumerate_dim"])),
-        scales={name: site["scale"] for name, site in model_sites.items()},
-        guide_scales={name: site["scale"] for name, site in guide_sites.items()},
+        scales={name: _scale(site, plates) for name, site in model_sites.items()},
+        guide_scales={name: _scale(site, plates) for name, site in guide_sites.items()},
         shape=(num_particles, num_data),
         score_sites=tuple(n for n, s in guide_sites.items() if not s["fn"].has_rsample),
         cuts=cuts,
@@ -410,6 +417,24 @@ def _check_summed(site: Any, plates: Plates) -> None:
         )
 
 
+def _scale(site: Any, plates: Plates) -> Any:
+    """The site's scale: a number, or a tensor (N,) if it has one for each datum.
+
+    Raises:
+        ValueError: for a scale that differs within a datum, or from particle to particle.
+    """
+    scale = site["scale"]
+    if not isinstance(scale, Tensor) or scale.dim() == 0:
+        return scale
+    dims = range(-scale.dim(), 0)
+    if any(scale.shape[dim] > 1 and dim != plates.dim for dim in dims):
+        raise ValueError(
+            f"The scale of site {site['name']!r} has shape {tuple(scale.shape)}, and differs "
+            f"within a datum. Give one number for each datum, along dimension {plates.dim}."
+        )
+    return scale.reshape(-1)
+
+
 def _log_factor(site: Any, plates: Plates) -> Tensor:
     """The site's log-probability, unscaled and masked, inner plates summed: (*, K or 1, N or 1)."""
     log_prob = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
@@ -430,6 +455,7 @@ def _by_datum(factor: Tensor, plates: Plates) -> Tensor:
 def _join(single: list[Particles]) -> Particles:
     """Particles drawn one at a time, joined along K."""
     first = single[0]
+    alike = {*first.summed, *first.observed}
     num_data = first.shape[1]
 
     def join(factors: list[Tensor]) -> Tensor:
@@ -439,7 +465,7 @@ def _join(single: list[Particles]) -> Particles:
         log_p={name: join([p.log_p[name] for p in single]) for name in first.log_p},
         log_q={name: join([p.log_q[name] for p in single]) for name in first.log_q},
         values={
-            name: value if name in first.summed else torch.stack([p.values[name] for p in single])
+            name: value if name in alike else torch.stack([p.values[name] for p in single])
             for name, value in first.values.items()
         },
         model_sites=first.model_sites,

@@ -75,7 +75,7 @@ def weigh(
         pair: prepared for the data.
         columns: its data, checked and realised.
         num_particles: K.
-        proposal: "guide" or "prior".
+        proposal: "guide", "prior" or "defensive".
         speed: how passes run, where they can be lowered.
         max_rows: most particle-datum pairs in one pass.
         whole: of how many particles, at least, all is wanted, not their weights alone.
@@ -150,7 +150,7 @@ def log_weights(
         pair: `LatentModel` or `PyroPair`.
         data: (N, *event), or a mapping from site names to columns.
         num_particles: K, drawn exactly.
-        proposal: "guide", or "prior" for naive Monte Carlo: z_kn ~ p(z).
+        proposal: "guide"; "prior" for naive Monte Carlo, z_kn ~ p(z); or "defensive", a mixture.
         max_rows: most particle-datum pairs in one pass; memory depends on it, the law does not.
         seed: of the draws. The caller's random state stays as it was.
 

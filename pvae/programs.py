@@ -4,21 +4,24 @@ Programs  --draw-->   Particles on the data
 Programs  --dream-->  log q(z | x) of z and x that the model itself has drawn, (N,)
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from pyro import poutine
-from pyro.poutine.util import site_is_subsample as is_subsample
-from torch import Tensor
+from pyro.poutine.uncondition_messenger import UnconditionMessenger
+from torch import Tensor, nn
 
+from pvae.fence import evaluating
 from pvae.particles import Particles, Program, draw, guide_factors
-from pvae.plates import Plates
+from pvae.plates import Plates, samples
 
-__all__ = ["Place", "Programs", "find_places"]
+__all__ = ["Places", "Programs", "Unobserved", "find_places", "is_deterministic"]
 
 Place = tuple[int | str, ...]  # an argument's number or keyword, and its key if it is a mapping
+Places = Mapping[str, Sequence[Place]]
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,7 @@ class Programs:
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     plates: Plates = field(default_factory=Plates)
     vectorize: bool = True
-    places: Mapping[str, Place] | None = None
+    places: Places | None = None
 
     def draw(self, num_particles: int = 1, cut: bool = False) -> Particles:
         """K particles for each datum; see `particles.draw`."""
@@ -56,19 +59,21 @@ class Programs:
             cut=cut,
         )
 
-    def score_sites(self) -> list[str]:
-        """Guide sites without reparameterisation."""
-        with torch.no_grad(), torch.random.fork_rng(), poutine.block():
+    def guide_sites(self) -> dict[str, Any]:
+        """Sites that the guide draws, by name, from a run of it."""
+        with self.looking():
             trace = poutine.trace(self.guide).get_trace(*self.args, **self.kwargs)
-        sites: Any = {name: trace.nodes[name] for name in trace.stochastic_nodes}
-        return [n for n, s in sites.items() if not s["fn"].has_rsample and not is_subsample(s)]
+            return {site["name"]: site for site in samples(trace)}
 
-    def auxiliary_sites(self) -> list[str]:
-        """Guide sites that are none of the model's, but steps on the way to one."""
-        with torch.no_grad(), torch.random.fork_rng(), poutine.block():
-            trace = poutine.trace(self.guide).get_trace(*self.args, **self.kwargs)
-        sites: Any = {name: trace.nodes[name] for name in trace.stochastic_nodes}
-        return [name for name, site in sites.items() if site["infer"].get("is_auxiliary")]
+    @contextmanager
+    def looking(self) -> Iterator[None]:
+        """Run the programs to see what they are like, without a trace of it in anything."""
+        with ExitStack() as stack:
+            for owner in _owners(self.model, self.guide):
+                stack.enter_context(evaluating(owner))
+            for context in (torch.no_grad(), torch.random.fork_rng(), poutine.block()):
+                stack.enter_context(context)
+            yield
 
     def dream(self) -> Tensor:
         """log q(z | x), with z and x drawn from the model, as many as there are data: (N,), nats.
@@ -85,8 +90,7 @@ class Programs:
                 "they are observed, whole batches and not a subsample."
             )
         with torch.no_grad():
-            model = poutine.uncondition(self.model)
-            dreamt = poutine.trace(model).get_trace(*self.args, **self.kwargs)
+            dreamt = poutine.trace(Unobserved()(self.model)).get_trace(*self.args, **self.kwargs)
         drawn: dict[str, Any] = {name: dreamt.nodes[name]["value"] for name in self.places}
         args, kwargs = _put(self.args, self.kwargs, self.places, drawn)
         guide = poutine.replay(self.guide, trace=dreamt)
@@ -94,10 +98,32 @@ class Programs:
         return sum((factor.reshape(-1) for factor in factors), torch.zeros(()))
 
 
+def _owners(*programs: Program) -> list[nn.Module]:
+    """Modules that the programs are methods of."""
+    owners = [getattr(program, "__self__", None) for program in programs]
+    return list(dict.fromkeys(owner for owner in owners if isinstance(owner, nn.Module)))
+
+
+class Unobserved(UnconditionMessenger):
+    """Has observed sites drawn, but not deterministic ones, as Pyro's own does in other shapes."""
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if not is_deterministic(msg):
+            super()._pyro_sample(msg)
+
+
+def is_deterministic(site: Any) -> bool:
+    """Whether a site is a `pyro.deterministic`, whose value follows from others."""
+    return bool(site["infer"].get("_deterministic"))
+
+
 def find_places(
     model: Program, guide: Program, args: tuple, kwargs: Mapping[str, Any]
-) -> dict[str, Place] | None:
-    """Where among the arguments the data of each observed site are; None if one is not found."""
+) -> Places | None:
+    """Where among the arguments the data of each observed site are; None if that is not clear.
+
+    One tensor may be passed several times. Others that are merely equal to it may be so by chance.
+    """
     with torch.no_grad(), torch.random.fork_rng(), poutine.block():
         drawn = poutine.trace(guide).get_trace(*args, **kwargs)
         trace = poutine.trace(poutine.replay(model, trace=drawn)).get_trace(*args, **kwargs)
@@ -109,30 +135,34 @@ def find_places(
     found = {}
     for name in trace.observation_nodes:
         value: Any = trace.nodes[name]["value"]
-        places = [place for place, own in arguments.items() if _holds(own, value)]
-        if not places:
+        places = [place for place, own in arguments.items() if _equal(own, value)]
+        if len({id(_at(args, kwargs, place)) for place in places}) != 1:
             return None
-        found[name] = places[0]
+        found[name] = places
     return found
 
 
-def _holds(argument: Any, value: Tensor) -> bool:
-    if argument is value:
-        return True
+def _equal(argument: Any, value: Tensor) -> bool:
     same_shape = isinstance(argument, Tensor) and argument.shape == value.shape
     return same_shape and torch.equal(argument.to(value.dtype), value)
+
+
+def _at(args: Sequence[Any], kwargs: Mapping[str, Any], place: Place) -> Any:
+    key, *inner = place
+    value = args[key] if isinstance(key, int) else kwargs[key]
+    return value[inner[0]] if inner else value
 
 
 def _put(
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
-    places: Mapping[str, Place],
+    places: Places,
     drawn: Mapping[str, Tensor],
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The arguments with what was drawn in its places."""
     arguments: dict[Any, Any] = {**dict(enumerate(args)), **kwargs}
-    for name, place in places.items():
-        key, *inner = place
-        value = drawn[name]
-        arguments[key] = {**arguments[key], inner[0]: value} if inner else value
+    for name, each in places.items():
+        for key, *inner in each:
+            value = drawn[name]
+            arguments[key] = {**arguments[key], inner[0]: value} if inner else value
     return tuple(arguments[i] for i in range(len(args))), {k: arguments[k] for k in kwargs}

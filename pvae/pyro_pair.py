@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from pvae.pair import Batch, Columns, Pair
 from pvae.plates import PLATE_TO_WRITE, find_plates
-from pvae.programs import Place, find_places
+from pvae.programs import Places, find_places
 
 __all__ = ["PyroPair"]
 
@@ -60,7 +60,7 @@ class PyroPair(Pair):
         self._constraints: dict[str, Any] = {}
         self._names: dict[str, str] = {}
         self._example: Batch | None = None
-        self._places: dict[str, Place] | None = None
+        self._places: Places | None = None
         self._summed: list[str] = []
         self.params = nn.ParameterDict()
         self.modules_used = nn.ModuleList(_owners(model, guide))
@@ -158,7 +158,7 @@ class PyroPair(Pair):
             if all(id(p) in ours for p in trained) and module not in self.modules_used:
                 self.modules_used.append(module)
 
-    def places(self, batch: Batch) -> Mapping[str, Place] | None:
+    def places(self, batch: Batch) -> Places | None:
         """As found on the first batch."""
         return self._places
 
@@ -190,10 +190,11 @@ class PyroPair(Pair):
                 "the model cannot take its place."
             )
         batch: Any = dict(given) if isinstance(given, Mapping) else {}
-        for name, (_, *key) in self._places.items():
-            if not key:
-                return drawn[name]
-            batch[key[0]] = drawn[name]
+        for name, each in self._places.items():
+            for _, *key in each:
+                if not key:
+                    return drawn[name]
+                batch[key[0]] = drawn[name]
         return batch
 
     def __repr__(self) -> str:

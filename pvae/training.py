@@ -358,7 +358,7 @@ class Run:
         self.history, self.steps = state["history"], state["step"]
         best = {key: value.to(self.device) for key, value in state["best"].items()}
         self.best = (state["best_valid"], state["best_epoch"], best)
-        self._ours.load_state_dict(state.get("objective", {}))
+        self._ours.load_state_dict(state.get("objective", {}), strict=False)
         set_random_state(state["random"], self.device)
 
     def _check_whole_epochs(

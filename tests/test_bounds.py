@@ -5,9 +5,11 @@ from functools import partial
 
 import pytest
 import torch
+from arviz_stats.base import array_stats
 from torch.testing import assert_close
 
 from pvae import bounds, log_weights
+from pvae.particles import draw
 from tests.exact import LinearGaussian
 from tests.exact.parameters import generator, normal
 
@@ -283,3 +285,34 @@ def test_blocks_larger_than_the_matrix_are_refused(size):
 def test_an_order_that_gives_no_upper_bound_is_refused(order):
     with pytest.raises(ValueError, match="`order` must be above 1 for an upper bound, got"):
         bounds.cubo(LOG_WEIGHTS, order)
+
+
+# ------------------------------------------------------------------------------ smoothed weights
+
+
+@pytest.mark.parametrize("num_particles", [100, 300, 3000])
+def test_psis_is_arvizs_smoothing_of_all_weights(num_particles):
+    """Which normalises them: the weight that is smallest tells by what."""
+    log_w = 40 + torch.distributions.StudentT(4.0).sample((num_particles, 6)).double()
+    smoothed, khat = array_stats.psislw(-log_w.T.numpy(), axis=1)
+    least = log_w.argmin(0)
+    total = log_w[least, range(6)] - torch.as_tensor(smoothed)[range(6), least]
+    estimate, found = bounds.psis(log_w)
+    assert_close(estimate, total - math.log(num_particles), rtol=0, atol=1e-9)
+    assert_close(found, torch.as_tensor(khat), rtol=0, atol=1e-9)
+
+
+def test_psis_estimates_log_p_with_less_noise_than_the_bound_has_where_khat_is_good():
+    truth = LinearGaussian.drawn()
+    x = truth.sample(1).expand(400, -1)
+    log_w = draw(truth.model, partial(truth.guide, spread=0.6), (x,), num_particles=500).log_weights
+    log_p = truth.log_prob(x[:1])
+    estimate, khat = bounds.psis(log_w)
+    assert khat.median() < 0.7
+    assert (estimate - log_p).std() < (bounds.iwae(log_w) - log_p).std()
+    assert abs((estimate - log_p).mean()) < 0.1
+
+
+def test_psis_is_the_bound_where_there_is_no_tail():
+    for log_w in (torch.randn(20, 3), torch.full((200, 3), 5.0), torch.eye(200)[:, :3] * 1e4):
+        assert_close(bounds.psis(log_w)[0], bounds.iwae(log_w).double())

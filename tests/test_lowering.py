@@ -67,6 +67,25 @@ def test_lowered_steps_keep_the_state_of_baselines(kind, baseline):
 
 
 @needs_compiler
+@pytest.mark.parametrize(
+    "objective", [pvae.IWAE(3), pvae.ReweightedWakeSleep(3, guide="both")], ids=repr
+)
+def test_compiled_steps_draw_torchs_own_bernoullis(objective):
+    """Of latents, and of data that the model dreams: inductor's would be others."""
+    fits = []
+    for compile in (False, True):
+        torch.manual_seed(0)
+        model = LatentModel(
+            z=Latent(dist.Bernoulli, 3),
+            x=Observed(dist.Bernoulli, 6, given="z", net=MLP(5)),
+            guide={"z": Latent(dist.Bernoulli, 3, given="x", net=MLP(5))},
+        ).double()
+        fits.append(pvae.fit(model, binary().double(), objective, compile=compile, **SETTINGS))
+    eager, compiled = (fit.history["train"].to_numpy() for fit in fits)
+    assert abs(eager - compiled).max() < 1e-8
+
+
+@needs_compiler
 def test_compiled_steps_are_those_of_pyro_but_for_rounding():
     fits = [
         pvae.fit(declare("vae").double(), binary().double(), pvae.IWAE(4), compile=c, **SETTINGS)

@@ -226,7 +226,10 @@ def test_an_interpolation_of_a_deep_model_has_every_observed_site():
             "`start` and `end` need as many data as each other, got 1 and 3",
         ),
         (lambda m, x: m.posterior(x[:, :2]), r"must have shape \(N, 4\), got \(3, 2\)"),
-        (lambda m, x: m.draw(x, 2, "posterior"), "`proposal` must be 'guide' or 'prior', got"),
+        (
+            lambda m, x: m.draw(x, 2, "posterior"),
+            "`proposal` must be one of 'guide', 'prior', 'defensive', got",
+        ),
         (lambda m, x: m.draw(x, 0), "`num_particles` must be at least 1, got 0"),
     ],
 )

@@ -266,7 +266,7 @@ def test_particles_one_at_a_time_have_the_same_law():
 
 @pytest.mark.parametrize(("num_particles", "proposal", "message"), [
     (0, "guide", "`num_particles` must be at least 1, got 0"),
-    (1, "posterior", "`proposal` must be 'guide' or 'prior', got 'posterior'"),
+    (1, "posterior", "`proposal` must be one of 'guide', 'prior', 'defensive', got 'posterior'"),
 ])  # fmt: skip
 def test_arguments_without_meaning_are_refused(num_particles, proposal, message):
     truth = LinearGaussian.drawn()

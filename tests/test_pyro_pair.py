@@ -483,3 +483,24 @@ def test_a_declared_models_own_program_may_have_a_guide_written_by_hand():
         id(p) for p in PyroPair(learned.model, truth.guide).parameters()
     }
     assert pvae.log_weights(PyroPair(learned.model, truth.guide), x, 3).isfinite().all()
+
+
+def test_deterministic_sites_keep_their_shape():
+    """Pyro's `uncondition` would draw them anew, from a Delta that the plate has widened."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            twice = pyro.deterministic("twice", 2 * z)
+            pyro.sample("x", dist.Normal(twice, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x / 3, 0.5))
+
+    pair, x = PyroPair(model, guide), torch.randn(3)
+    pair.prepare(x)
+    drawn = pair.prior_predictive(5)
+    assert drawn["twice"].shape == (5,)
+    assert torch.equal(drawn["twice"], 2 * drawn["z"])
+    assert not torch.equal(drawn["x"], drawn["twice"])

@@ -19,7 +19,7 @@ from pvae.particles import Particles, check_count
 from pvae.passes import Weights, weigh
 from pvae.step import Speed
 
-__all__ = ["evaluate"]
+__all__ = ["bounds_of", "evaluate", "measure_of"]
 
 GRID = (1, 5, 50, 500, 5000, 50_000)
 PART_PARTICLES = 32  # at least, for the parts of the ELBO, whose spread is small
@@ -53,7 +53,9 @@ def evaluate(
         num_particles: K, drawn exactly, in memory that does not grow with it up to four million,
             the weights of a single datum that are held at once.
         grid: sizes k <= K of the bounds; 1, 5, 50, ... and K where left out.
-        proposal: "guide", or "prior" for naive Monte Carlo, whose k-hat says why not.
+        proposal: "guide"; "prior" for naive Monte Carlo, whose k-hat says why not; or "defensive",
+            nine parts of the one and one of the other: its weights are bounded by 10 p(x | z), so
+            that a mode which the guide misses shows.
         seed: of the draws.
         device: where to run; "auto" is CUDA where there is one.
         compile: whether weights are drawn by a compiled graph, read once out of Pyro (`passes`).
@@ -84,11 +86,11 @@ def evaluate(
         closed = how in ("enumeration", "linear-Gaussian")
         known = exact.log_prob(model, data) if closed else None
         speed = _speed(num_particles * len(columns), compile)
-        passes = _Passes(sizes)
+        passes = _Passes(sizes, with_parts=proposal != "defensive")
         with evaluating(model), fenced(seed, place):
-            if how == "enumeration":
-                passes.measure = _measure(model.draw(on_device.rows(slice(0, 1))))
-            else:
+            if how == "enumeration" or not passes.with_parts:
+                passes.measure = measure_of(model.draw(on_device.rows(slice(0, 1))))
+            if how != "enumeration":
                 passes.run(model, on_device, num_particles, proposal, speed, progress)
     finally:
         model.to(before)
@@ -137,7 +139,7 @@ def _check_finite(model: Pair, per_datum: Any) -> None:
             )
 
 
-def _measure(particles: Particles) -> tuple[str, int]:
+def measure_of(particles: Particles) -> tuple[str, int]:
     """Whether p(x) is a probability (x discrete) or a density, and how many numbers x has."""
     supports: list[Any] = [particles.model_sites[name].support for name in particles.observed]
     found = {support.is_discrete for support in supports}
@@ -149,8 +151,8 @@ def _measure(particles: Particles) -> tuple[str, int]:
 class _Passes:
     """What is kept of the weights: a few numbers a datum, whatever K is."""
 
-    def __init__(self, sizes: list[int]):
-        self.sizes = sizes
+    def __init__(self, sizes: list[int], with_parts: bool):
+        self.sizes, self.with_parts = sizes, with_parts
         self.measure = ("", 0)
         self.per_datum: list[dict[str, Tensor]] = []
         self.unit_kl: dict[str, list[Tensor]] = {}
@@ -167,13 +169,18 @@ class _Passes:
     ) -> None:
         from tqdm.auto import tqdm
 
-        blocks = weigh(model, columns, num_particles, proposal, speed, whole=PART_PARTICLES)
+        blocks = weigh(model, columns, num_particles, proposal, speed, whole=self._whole)
         with tqdm(
             total=len(columns), disable=not progress, desc=f"{model.name}, log p(x)", unit="datum"
         ) as bar:
             for rows, passes in blocks:
                 self._block(passes)
                 bar.update(rows.stop - rows.start)
+
+    @property
+    def _whole(self) -> int:
+        """Particles a datum that are wanted whole: the parts of a mixture are not the guide's."""
+        return PART_PARTICLES if self.with_parts else 0
 
     def _block(self, passes: Iterable[tuple[Tensor, Particles | None]]) -> None:
         weights = Weights(self.sizes[-1])
@@ -183,13 +190,13 @@ class _Passes:
         averaged = 0
         for log_weights, particles in passes:
             weights.add(log_weights)
-            if particles is not None and averaged < PART_PARTICLES:  # sums, for these are large
-                self.measure = _measure(particles)
+            if particles is not None and averaged < self._whole:  # sums, for these are large
+                self.measure = measure_of(particles)
                 _add(terms, particles.terms())
                 _add(kl, unit_kl(particles))
                 _add_halves(means, unit_mean(particles), averaged)
                 averaged += particles.shape[0]
-        row = _bounds(weights.whole, self.sizes)
+        row = bounds_of(weights.whole, self.sizes)
         row |= {name: total / averaged for name, total in terms.items()}
         self.per_datum.append({name: value.cpu() for name, value in row.items()})
         for name, total in kl.items():
@@ -221,13 +228,16 @@ class _Passes:
         return xr.Dataset(columns, coords), xr.Dataset(units)
 
 
-def _bounds(log_weights: Tensor, sizes: list[int]) -> dict[str, Tensor]:
+def bounds_of(log_weights: Tensor, sizes: list[int]) -> dict[str, Tensor]:
+    """Bounds of each size with their errors, effective sample size and k-hat, by datum."""
     weights = log_weights.double()
+    estimate, khat = bounds.psis(log_weights)
     return {
         "bound": torch.stack([bounds.iwae(weights, size) for size in sizes]),
         "bound_se": torch.stack([bounds.iwae_standard_error(weights, size) for size in sizes]),
         "ess": bounds.effective_sample_size(weights),
-        "khat": bounds.pareto_khat(log_weights),
+        "khat": khat,
+        "psis": estimate,
     }
 
 

@@ -27,6 +27,7 @@ from pvae.particles import Particles
 __all__ = [
     "Average",
     "Learned",
+    "alike",
     "check",
     "make",
     "mean_without_each",
@@ -80,6 +81,14 @@ def check(baseline: Any) -> None:
                 f"`baseline` must be one of {', '.join(map(repr, NAMES))}, a network, or these "
                 f"by site; got {one!r}."
             )
+
+
+def alike(one: nn.Module | None, other: nn.Module) -> bool:
+    """Whether a baseline that is kept may go on in the other's place."""
+    if one is None or type(one) is not type(other):
+        return False
+    shapes = [[p.shape for p in module.parameters()] for module in (one, other)]
+    return shapes[0] == shapes[1]
 
 
 def name_for(baseline: Any, site: str, num_particles: int, auto: str) -> Any:

@@ -176,7 +176,7 @@ class ELBO(Objective):
         if floor and self.free_bits_per == "unit":
             kl = self._by_unit(particles, name, analytic)
         elif floor:
-            kl = self._at_least(kl)
+            kl = self._at_least(kl, particles.seen(name))
         summed = name not in particles.log_q  # several names, perhaps, of one scale
         return (particles.scale if summed else particles.guide_scales[name]) * kl
 
@@ -200,9 +200,11 @@ class ELBO(Objective):
             )
         return found
 
-    def _at_least(self, kl: Tensor) -> Tensor:
-        """Each term, or lambda where its mean over particles and batch is below."""
-        return torch.where(kl.mean((0, 1)) > self.free_bits, kl, self.free_bits)
+    def _at_least(self, kl: Tensor, seen: Tensor) -> Tensor:
+        """Each term, or lambda where its mean over particles and data that are seen is below."""
+        seen = seen.reshape(*seen.shape, *(1,) * (kl.dim() - 2)).to(kl)
+        mean = (kl * seen).sum((0, 1)) / seen.expand_as(kl).sum((0, 1))
+        return torch.where(mean > self.free_bits, kl, self.free_bits * seen)
 
     def _by_unit(self, particles: Particles, name: str, analytic: Tensor | None) -> Tensor:
         known = name in particles.log_q and name in particles.model_sites
@@ -210,9 +212,10 @@ class ELBO(Objective):
         if kl is None:
             raise ValueError(
                 f"Free bits per unit need a guide and a prior of {name!r} that both factorise over "
-                "its units: use free_bits_per='site'."
+                "its units, in the data's plate alone and on no summed latent: use "
+                "free_bits_per='site'."
             )
-        return self._at_least(kl).reshape(*particles.shape, -1).sum(2)
+        return self._at_least(kl, particles.seen(name)).reshape(*particles.shape, -1).sum(2)
 
 
 def _checked(beta: Any) -> float:

@@ -11,6 +11,7 @@
 | sticking the landing (Roeder et al. 2017, eq. 7) | w~ | 0 | w~ |
 | doubly reparameterised (Tucker et al. 2018, eq. 8) | w~ | 0 | w~^2 |
 | wake-wake (Bornschein & Bengio 2015, eqs. 6, 9) | w~ | w~ | 0 |
+| CUBO of order 2 (Dieng et al. 2017, eq. 5) | w~ | w~^2 / (2 sum w~^2) | 0 |
 
 with w~_k = w_k / sum_j w_j. Draws without reparameterisation have no path; their log q gets a
 learning signal besides (`baselines`). The coefficients carry no gradient themselves.

@@ -16,7 +16,7 @@ from pvae import bounds
 from pvae.objectives.baselines import mean_without_each, without_each
 from pvae.objectives.gradient import Coefficients
 from pvae.objectives.objective import Objective
-from pvae.particles import check_count
+from pvae.particles import Particles, check_count
 
 __all__ = ["CIWAE", "IWAE", "MIWAE", "PIWAE", "Gradient", "Renyi"]
 
@@ -184,13 +184,13 @@ class Renyi(Objective):
         """The estimate of the bound from K particles."""
         return bounds.renyi(log_weights, self.alpha)
 
-    def bound(self, particles: Any) -> Tensor:
+    def bound(self, particles: Particles) -> Tensor:
         """The bound itself for alpha >= 0, else L_K."""
         if self.alpha >= 0:
             return super().bound(particles)
         return particles.scale * bounds.iwae(particles.log_weights)
 
-    def extras(self, particles: Any) -> dict[str, Tensor]:
+    def extras(self, particles: Particles) -> dict[str, Tensor]:
         """For alpha < 0, the objective."""
         return {} if self.alpha >= 0 else {"Renyi": super().bound(particles)}
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from pvae.objectives import baselines
+from pvae.objectives.checks import check_cuts, check_sites
 from pvae.objectives.gradient import Coefficients, gradient_of, weighted
 from pvae.pair import announce
 from pvae.particles import Particles, check_count
@@ -147,9 +148,9 @@ class Objective(pyro.infer.ELBO, nn.Module):
             elif chosen in ("vimco", "leave-one-out"):
                 b = self.reward_without_each(fixed, chosen)
             elif chosen == "average":
-                b = self.kept[name](reward)
+                b = self._kept(name)(reward)
             else:
-                predicted = self.kept[name](baselines.observed_matrix(particles))
+                predicted = self._kept(name)(baselines.observed_matrix(particles))
                 b = predicted.detach()
                 learning = learning + weighted(2 * (reward.mean(0) - b), predicted)
             signals[name] = scale * (reward - b)
@@ -159,33 +160,30 @@ class Objective(pyro.infer.ELBO, nn.Module):
         return baselines.name_for(self.baseline, name, self.num_particles, self.auto_baseline)
 
     def prepare(self, programs: Programs) -> None:
-        """Make what depends on the programs' sites: baselines that learn. Once."""
+        """Check the objective against the guide's sites, and make baselines that learn. Once.
+
+        Raises:
+            ValueError: for names that are no sites, or a guide whose gradient cannot be told so.
+        """
         if self._is_prepared:
             return
+        sites = programs.guide_sites()
+        check_sites(self, sites)
+        if self.cuts:
+            check_cuts(self, programs)
         self._is_prepared = True
-        if self.separates and (hidden := programs.auxiliary_sites()):
-            raise ValueError(
-                f"{self!r} separates the guide's score from its draws, which cannot be done where "
-                f"a draw goes through the auxiliary site {hidden[0]!r}. Draw each latent from its "
-                "own distribution, or use ELBO(), IWAE(), PIWAE() or CUBO()."
-            )
-        through_draws = self.gradient in ("stl", "dreg")
-        sites = programs.score_sites() if self.uses_signals or through_draws else ()
-        if not sites:
+        names = [name for name, site in sites.items() if not site["fn"].has_rsample]
+        if not names or not self.uses_signals:
             return
-        if through_draws:
-            raise ValueError(
-                f"gradient={self.gradient!r} goes through the guide's draws, and those of "
-                f"{sites[0]!r} are not reparameterised: leave `gradient` out, and they get a "
-                "score function."
-            )
-        with torch.no_grad(), torch.random.fork_rng():
+        with programs.looking():
             particles = programs.draw()
-        for name in sites:
-            chosen = self._chosen(name)
-            kept = baselines.make(chosen, particles)
-            if kept is not None:
-                self.kept[name] = kept
+        for name in names:
+            kept = baselines.make(self._chosen(name), particles)
+            if kept is not None and not baselines.alike(self._kept(name), kept):
+                self.kept[_key(name)] = kept
+
+    def _kept(self, name: str) -> Any:
+        return dict(self.kept.items()).get(_key(name))
 
     def at(self, step: int) -> None:
         """Be what the objective is after this many steps, if it changes with them."""
@@ -209,7 +207,7 @@ class Objective(pyro.infer.ELBO, nn.Module):
         if self._found is None or self._found[:2] != (model, guide):
             plates = find_plates(model, guide, args, kwargs)
             places = find_places(model, guide, args, kwargs) if self.dreams else None
-            self._forget()
+            self._is_prepared = False  # baselines stay: the programs may be wrapped anew each time
             self._found = (model, guide, plates, places)
         plates, places = self._found[2:]
         return Programs(model, guide, args, kwargs, plates, places=places)
@@ -237,14 +235,17 @@ class Objective(pyro.infer.ELBO, nn.Module):
     def fresh(self) -> "Objective":
         """A copy that has met no programs yet."""
         copied = copy.deepcopy(self)
-        copied._forget()
-        copied.calls = 0
+        copied._found, copied._is_prepared, copied.calls = None, False, 0
+        copied.kept.clear()
         return copied
 
-    def _forget(self) -> None:
-        """The programs, and the baselines that were learned on them."""
-        self._found, self._is_prepared = None, False
-        self.kept.clear()
+    def get_extra_state(self) -> Tensor:
+        """Steps taken, for `state_dict`: where a schedule stands."""
+        return torch.tensor(self.calls)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Steps taken, by `load_state_dict`."""
+        self.calls = int(state)
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies are of the objective alone, not of the programs that it has met."""
@@ -260,6 +261,11 @@ class Objective(pyro.infer.ELBO, nn.Module):
             if name in ("num_means", "num_particles") or value != parameter.default:
                 shown.append(f"{name}={_text(value)}")
         return f"{type(self).__name__}({', '.join(shown)})"
+
+
+def _key(name: str) -> str:
+    """A site's name as that of a module, which has no dots and is no attribute."""
+    return "of " + name.replace(".", ":")
 
 
 def _text(value: Any) -> str:

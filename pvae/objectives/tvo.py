@@ -44,21 +44,24 @@ class TVO(Objective):
         if num_particles < 2:
             raise ValueError("The covariances of TVO need at least 2 particles, got 1.")
         self.betas = betas if betas is None else tuple(betas)
-        bounds.check_betas(self._betas())
+        begins = bounds.log_uniform_betas() if self.betas is None else self.betas
+        bounds.check_betas(begins)
+        grid = torch.tensor([*begins, 1.0], dtype=torch.float64)
+        self.register_buffer("grid", grid, persistent=False)
 
-    def _betas(self) -> tuple[float, ...]:
-        return bounds.log_uniform_betas() if self.betas is None else self.betas
+    grid: Tensor
 
     def value(self, log_weights: Tensor) -> Tensor:
         """The left Riemann sum."""
-        return bounds.tvo(log_weights, self._betas())
+        return bounds.tvo(log_weights, self.grid)
 
     def coefficients(self, log_weights: Tensor) -> Coefficients:
         """Of E_pi[grad log w] + Cov_pi(grad log pi~_beta, log w), summed over intervals."""
-        betas = log_weights.new_tensor(self._betas()).reshape(-1, 1, 1)
-        widths = torch.diff(betas, dim=0, append=betas.new_ones(1, 1, 1))
+        grid = self.grid.to(log_weights)
+        betas, widths = grid[:-1].reshape(-1, 1, 1), grid.diff().reshape(-1, 1, 1)
         s = torch.where(betas > 0, betas * log_weights, 0.0).softmax(1)
         centred = log_weights - (s * log_weights).sum(1, keepdim=True)
+        centred = centred * (self.num_particles / (self.num_particles - 1))  # as of any covariance
         model = widths * s * (1 + betas * centred)
         score = widths * s * ((1 - betas) * centred - 1)
         return Coefficients(model=model.sum(0), score=score.sum(0), path=None)

@@ -435,7 +435,10 @@ def test_a_pyro_pair_with_parameters_evaluates():
         ({"num_particles": 0}, "`num_particles` must be at least 1, got 0"),
         ({"num_particles": 9, "grid": [1, 10]}, r"`grid` must lie in 1\.\.9, .* got \[10\]"),
         ({"num_particles": 9, "grid": [0]}, r"`grid` must lie in 1\.\.9, .* got \[0\]"),
-        ({"proposal": "posterior"}, "`proposal` must be 'guide' or 'prior', got 'posterior'"),
+        (
+            {"proposal": "posterior"},
+            "`proposal` must be one of 'guide', 'prior', 'defensive', got 'posterior'",
+        ),
         ({"device": "abacus"}, "No device 'abacus' here"),
     ],
 )

@@ -98,7 +98,7 @@ def test_printing_is_the_same_after_use():
     x = torch.rand(8, 6).round()
     for objective, text in REPRS:
         used = copy.deepcopy(objective)
-        if isinstance(used, ELBO) and isinstance(used.kl, dict):
+        if isinstance(used.baseline, dict) or isinstance(getattr(used, "kl", None), dict):
             continue  # the pair's latent is another
         used.loss(*programs(), x)
         assert repr(used) == text

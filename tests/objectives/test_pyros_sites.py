@@ -29,6 +29,11 @@ from tests.objectives.test_pyros_tests import ANY_DRAWS, CUT_DRAWS, PRIOR, TRUTH
 exactly = partial(assert_close, rtol=1e-9, atol=1e-9)
 
 
+def exact_loss(objective, log_p: Tensor) -> float:
+    """Where every weight is p(x): minus the bound, but for CUBO, which is itself to be lowered."""
+    return float(log_p.sum()) * (1 if isinstance(objective, CUBO) else -1)
+
+
 # ------------------------------------------------------------------------------ missing data
 
 
@@ -55,7 +60,7 @@ def test_data_that_are_missing_are_imputed_by_the_guide():
     log_p = torch.where(seen, TRUTH.log_prob(x), 0.0)
     exactly(draw(model, guide, (x,), num_particles=3).log_weights, log_p.expand(3, -1))
     for objective in [*ANY_DRAWS, *CUT_DRAWS]:
-        assert abs(objective.loss(model, guide, x)) == pytest.approx(-float(log_p.sum()))
+        assert objective.loss(model, guide, x) == pytest.approx(exact_loss(objective, log_p))
 
 
 @pytest.mark.parametrize("spread", [1.0, 1.5])
@@ -113,7 +118,7 @@ def test_a_factor_of_the_model_weighs_the_draws(objective):
     x = normal(6, seed=1)
     log_p = dist.Normal(0.0, (4 / 3) ** 0.5).log_prob(x) - 0.5 * torch.tensor(3.0).log()
     found = copy.deepcopy(objective).loss(factored, posterior_of_factored, x)
-    assert abs(found) == pytest.approx(-float(log_p.sum()), rel=1e-6)
+    assert found == pytest.approx(exact_loss(objective, log_p), rel=1e-6)
     particles = draw(factored, partial(posterior_of_factored, spread=2.0), (x,), num_particles=3)
     assert particles.log_weights.std() > 0.1
 
@@ -150,7 +155,7 @@ class Auxiliary(nn.Module):
             pyro.sample("z", dist.Delta(m * x + log_s.exp() * u, log_density=-log_s))
 
 
-PATHWISE = [ELBO(K), IWAE(K), MIWAE(2, 2), CIWAE(K), PIWAE(2, 2), Renyi(K), CUBO(K)]
+PATHWISE = [ELBO(K), IWAE(K), MIWAE(2, 2), CIWAE(K), PIWAE(2, 2), Renyi(K)]
 
 
 @pytest.mark.parametrize("objective", PATHWISE, ids=repr)

@@ -364,7 +364,7 @@ def test_an_average_baseline_is_that_of_the_rewards_before():
         objective.loss_and_grads(pair.model, pair.guide, X)
         exactly(pair.V.grad, expected)
         rewards.append(float(particles.log_weights.detach().mean()))
-    assert list(objective.kept) == ["z"]
+    assert list(objective.kept) == ["of z"]
     assert not list(objective.parameters()), "it has a state, which is not trained"
 
 
