@@ -4,7 +4,18 @@ from pvae import bounds, exact, nets
 from pvae.baselines import fit_em, fit_ppca
 from pvae.data import Data, DataSpec, load_data
 from pvae.declare import Given, Latent, LatentModel, Learned, Observed, Predicted
-from pvae.evaluation import Comparison, Evaluation, compare, evaluate
+from pvae.evaluation import (
+    Collapse,
+    Comparison,
+    Evaluation,
+    Sandwich,
+    ais,
+    collapse,
+    compare,
+    evaluate,
+    sandwich,
+)
+from pvae.inference_data import to_datatree, to_elpd
 from pvae.objectives import (
     CIWAE,
     CUBO,
@@ -21,6 +32,7 @@ from pvae.objectives import (
 )
 from pvae.passes import log_weights
 from pvae.pyro_pair import PyroPair
+from pvae.pyro_svi import from_pyro_svi
 from pvae.svi import Fit, fit, load
 
 from pvae import models  # isort: skip  (declared with the names above)
@@ -35,6 +47,7 @@ __all__ = [
     "MIWAE",
     "PIWAE",
     "TVO",
+    "Collapse",
     "Comparison",
     "Cyclical",
     "Data",
@@ -51,17 +64,24 @@ __all__ = [
     "PyroPair",
     "Renyi",
     "ReweightedWakeSleep",
+    "Sandwich",
     "WarmUp",
+    "ais",
     "bounds",
+    "collapse",
     "compare",
     "evaluate",
     "exact",
     "fit",
     "fit_em",
     "fit_ppca",
+    "from_pyro_svi",
     "load",
     "load_data",
     "log_weights",
     "models",
     "nets",
+    "sandwich",
+    "to_datatree",
+    "to_elpd",
 ]

@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-__all__ = ["has_checkpoint", "pack", "read", "unpack", "write"]
+__all__ = ["has_checkpoint", "pack", "read", "replace", "unpack", "write"]
 
 FORMAT = 1
 
@@ -55,9 +55,9 @@ def write(
     try:
         path.mkdir(parents=True, exist_ok=True)
         for name, tensors in (("weights", weights), ("training", training)):
-            _replace(path / files[name], save({k: _plain(v) for k, v in tensors.items()}))
+            replace(path / files[name], save({k: _plain(v) for k, v in tensors.items()}))
         text = json.dumps({"format": FORMAT, **meta, "files": files}, indent=1, allow_nan=True)
-        _replace(path / "run.json", text.encode())
+        replace(path / "run.json", text.encode())
     except OSError as error:
         raise OSError(
             f"The checkpoint could not be written to {path} ({error}). What was saved before is "
@@ -73,7 +73,8 @@ def _plain(value: Tensor) -> Tensor:
     return value.detach().cpu().clone(memory_format=torch.contiguous_format)
 
 
-def _replace(path: Path, content: bytes) -> None:
+def replace(path: Path, content: bytes) -> None:
+    """Write a file beside, then rename it into place, so that it is whole at any moment."""
     beside = path.with_name(path.name + ".part")
     try:
         with open(beside, "wb") as file:

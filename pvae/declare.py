@@ -251,6 +251,12 @@ class LatentModel(Pair):
                 )
         return values
 
+    def data_of(self, drawn: Mapping[str, Tensor], given: Batch | None = None) -> Batch:
+        """What the model has drawn, as data for it, with values that are conditioned on."""
+        if isinstance(given, Tensor):
+            given = dict.fromkeys(self.given[:1], given)
+        return super().data_of(drawn, given)
+
     def _to_draw(self, num_data: int, given: Batch | None) -> tuple[Any, ...]:
         return self.blank(num_data, given), num_data
 

@@ -24,6 +24,7 @@ from pvae import checkpoint
 from pvae.batches import source_of
 from pvae.declare import LatentModel
 from pvae.fence import fenced, resolve_device
+from pvae.inference_data import fit_to_datatree
 from pvae.objectives import ELBO, Objective
 from pvae.pair import Pair
 from pvae.particles import check_count
@@ -32,6 +33,7 @@ from pvae.training import Run
 
 if TYPE_CHECKING:
     import pandas as pd
+    import xarray as xr
 
 __all__ = ["Fit", "fit", "load"]
 
@@ -74,6 +76,32 @@ class Fit:
             "seconds": self.history["seconds"].sum() if len(self.history) else 0.0,
         }
         return pd.DataFrame({"value": pd.Series(rows, dtype=object)})
+
+    def to_datatree(
+        self,
+        data: Any = None,
+        num_samples: int = 200,
+        *,
+        num_prior: int | None = None,
+        weights: Literal["resample"] | None = None,
+        seed: int = 0,
+    ) -> "xr.DataTree":
+        """Draws of the trained model for ArviZ, with the history and settings of the fit.
+
+        Args:
+            data: rows to draw latents for; a fit keeps none of its own. Left out, the tree has
+                prior draws alone.
+            num_samples: as the other arguments, see `pvae.to_datatree`.
+            num_prior: see there.
+            weights: see there.
+            seed: see there.
+
+        Raises:
+            ValueError: as there.
+        """
+        return fit_to_datatree(
+            self, data, num_samples, num_prior=num_prior, weights=weights, seed=seed
+        )
 
     def _bounds(self) -> list[str]:
         """Columns of the history that are bounds or the objective, and not parts of one."""

@@ -1,10 +1,25 @@
 """Statements about log p(x): what a number is, in which direction it errs, and by how much.
 
-pair, data  --evaluate-->  Evaluation;    {name: Evaluation}  --compare-->  Comparison
+pair, data  --evaluate, ais-->  Evaluation;    {name: Evaluation}  --compare-->  Comparison
+pair, data  --collapse-->  Collapse: what the guide's latents tell of x
+pair        --sandwich-->  Sandwich: both bounds, on data of the pair's own
 """
 
+from pvae.evaluation.ais import ais
+from pvae.evaluation.collapse import Collapse, collapse
 from pvae.evaluation.compare import Comparison, compare
 from pvae.evaluation.evaluate import evaluate
 from pvae.evaluation.result import Evaluation
+from pvae.evaluation.sandwich import Sandwich, sandwich
 
-__all__ = ["Comparison", "Evaluation", "compare", "evaluate"]
+__all__ = [
+    "Collapse",
+    "Comparison",
+    "Evaluation",
+    "Sandwich",
+    "ais",
+    "collapse",
+    "compare",
+    "evaluate",
+    "sandwich",
+]

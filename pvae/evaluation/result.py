@@ -2,10 +2,11 @@
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from pvae.bounds import khat_threshold
 from pvae.data import DataSpec
+from pvae.inference_data import evaluation_to_datatree
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -27,11 +28,12 @@ class Evaluation:
         num_particles: K; 0 where every latent is summed out and nothing is drawn.
         proposal: "guide" or "prior".
         per_datum: xarray Dataset over `datum`: `bound` and `bound_se` (standard error over draws)
-            over `particles`, the grid of K; `khat`; `ess`; terms such as `KL[z]`; and `exact`,
-            where log p(x) is known.
+            over `particles`, the grid of K; `khat`; `ess`; `psis`, the estimate from smoothed
+            weights; terms such as `KL[z]`; and `exact`, where log p(x) is known.
         per_unit: xarray Dataset: `KL[z]` and `activity[z]`, the variance over data of E_q[z | x],
             for each unit of each guided latent.
         seconds: time it took.
+        sampler: "particles" of importance sampling, or "chains" of annealing.
     """
 
     model: str
@@ -44,6 +46,7 @@ class Evaluation:
     per_datum: "xr.Dataset"
     per_unit: "xr.Dataset"
     seconds: float
+    sampler: Literal["particles", "chains"] = "particles"
 
     @property
     def is_exact(self) -> bool:
@@ -58,7 +61,7 @@ class Evaluation:
     @property
     def kind(self) -> str:
         """What `log_p` is: "exact", or "lower bound L_K"."""
-        return "exact" if self.is_exact else f"lower bound {_label(self.num_particles)}"
+        return "exact" if self.is_exact else f"lower bound {self._label(self.num_particles)}"
 
     @property
     def failing(self) -> float:
@@ -110,8 +113,19 @@ class Evaluation:
                 error = float((draws**2).sum(skipna=False) ** 0.5 / len(draws))
                 mean, se = mean_and_error(bound)
                 rows.append(
-                    (_label(size), factor * mean, factor * se, factor * error, unit, "lower bound")
+                    (
+                        self._label(size),
+                        factor * mean,
+                        factor * se,
+                        factor * error,
+                        unit,
+                        "lower bound",
+                    )
                 )
+        if "psis" in self.per_datum and not math.isnan(self.failing):
+            mean, se = mean_and_error(self.per_datum["psis"])
+            what = "estimate, largest weights smoothed (PSIS)"
+            rows.append(("PSIS", factor * mean, factor * se, math.nan, unit, what))
         if self.is_exact:
             mean, se = mean_and_error(self.per_datum["exact"])
             rows.append(("log p(x)", factor * mean, factor * se, 0.0, unit, "exact"))
@@ -121,7 +135,7 @@ class Evaluation:
         if "khat" not in self.per_datum:
             return []
         khat, ess = self.per_datum["khat"], self.per_datum["ess"]
-        rows = [("ESS", float(ess.median()), math.nan, math.nan, "particles", "median over data")]
+        rows = [("ESS", float(ess.median()), math.nan, math.nan, self.sampler, "median over data")]
         if math.isnan(self.failing):
             return rows
         failing = f"share of data with k-hat above {khat_threshold(self.num_particles):.2f}"
@@ -133,6 +147,10 @@ class Evaluation:
 
     def _part_rows(self, factor: float, unit: str) -> list[tuple[Any, ...]]:
         rows: list[tuple[Any, ...]] = []
+        if "acceptance" in self.per_datum:
+            accepted = float(self.per_datum["acceptance"].mean())
+            what = "of proposals, mean over data"
+            rows.append(("acceptance", accepted, math.nan, math.nan, "", what))
         for name in self.per_datum.data_vars:
             if str(name).startswith(("KL[", "reconstruction[")):
                 mean, se = mean_and_error(self.per_datum[name])
@@ -151,12 +169,16 @@ class Evaluation:
             rows.append((f"active units of {name}", active, math.nan, math.nan, "units", what))
         return rows
 
+    def to_datatree(self) -> "xr.DataTree":
+        """For ArviZ and netCDF; see `inference_data.evaluation_to_datatree`."""
+        return evaluation_to_datatree(self)
+
     @property
     def title(self) -> str:
         """One line: model, data, and how log p(x) was found."""
         how = "log p(x) by summing out every latent"
         if self.num_particles:
-            how = f"{self.num_particles} particles from the {self.proposal}"
+            how = f"{self.num_particles} {self.sampler} from the {self.proposal}"
         return f"{self.model} on {len(self.log_p)} data of {self.spec.space()}; {how}"
 
     @property
@@ -166,15 +188,20 @@ class Evaluation:
         value = f"{mean:.2f}{'' if math.isnan(se) else f' +- {se:.2f}'} nats per datum"
         if self.is_exact:
             return f"log p(x) = {value}, exactly computed."
-        said = f"log p(x) >= {value} ({_label(self.num_particles)}, in expectation)"
+        said = f"log p(x) >= {value} ({self._label(self.num_particles)}, in expectation)"
         if math.isnan(self.failing):
-            return f"{said}; too few particles for k-hat."
+            return f"{said}; too few {self.sampler} for k-hat."
         if self.failing > 0:
             return (
                 f"{said}; k-hat is too high for {100 * self.failing:.0f} % of the data, where log "
                 "p(x) may lie well above."
             )
         return f"{said}; k-hat raises no doubt of the draws for any datum."
+
+    def _label(self, size: int) -> str:
+        if self.sampler == "chains":
+            return f"AIS, {size} chain{'s' if size > 1 else ''}"
+        return "ELBO" if size == 1 else f"L_{size}"
 
     def __repr__(self) -> str:
         table = self.summary().to_string(float_format="{:.3f}".format, na_rep="")
@@ -183,10 +210,6 @@ class Evaluation:
     def _repr_html_(self) -> str:
         table = self.summary().to_html(float_format="{:.3f}".format, na_rep="")
         return f"<p>{self.title}</p>{table}<p>{self.verdict}</p>"
-
-
-def _label(num_particles: int) -> str:
-    return "ELBO" if num_particles == 1 else f"L_{num_particles}"
 
 
 def mean_and_error(values: "xr.DataArray") -> tuple[float, float]:

@@ -77,6 +77,7 @@ def test_the_summary_says_what_each_number_is():
         "ELBO",
         "L_5",
         "L_50",
+        "PSIS",
         "log p(x)",
         "k-hat",
         "k-hat too high",
@@ -85,7 +86,8 @@ def test_the_summary_says_what_each_number_is():
         "KL[z]",
         "active units of z",
     ]
-    assert table["what it is"].tolist()[:4] == 3 * ["lower bound"] + ["exact"]
+    psis = "estimate, largest weights smoothed (PSIS)"
+    assert table["what it is"].tolist()[:5] == 3 * ["lower bound"] + [psis, "exact"]
     assert table.loc["k-hat too high", "what it is"] == "share of data with k-hat above 0.41"
     assert table.loc["ESS", "value"] == float(result.per_datum["ess"].median())
     assert table.attrs["data"] == "tensor, values as given, 5 dimensions"
