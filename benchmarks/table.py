@@ -62,12 +62,13 @@ def rows(result: Result) -> list[tuple[str, ...]]:
 
 def markdown(results: Iterable[Result]) -> str:
     """The ratio table."""
-    return _table(HEAD, [row for result in results for row in rows(result)])
+    return lines(HEAD, [row for result in results for row in rows(result)])
 
 
-def _table(head: tuple[str, ...], body: list[tuple[str, ...]]) -> str:
-    lines = [head, ("---",) * len(head), *body]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+def lines(head: tuple[str, ...], body: list[tuple[str, ...]]) -> str:
+    """A Markdown table of its cells."""
+    rows = [head, ("---",) * len(head), *body]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
 def exponent(sizes: Iterable[float], values: Iterable[float]) -> float:
@@ -85,7 +86,7 @@ def growth(series: Iterable[dict[str, Any]]) -> str:
         sizes = ", ".join(f"{size:,}" for size in one["sizes"])
         exponents = (f"{one['exponents'][p]:.2f}" if p in one["exponents"] else "" for p in peers)
         body.append((one["name"], sizes, *exponents))
-    return _table(("what grows", "sizes", *peers), body)
+    return lines(("what grows", "sizes", *peers), body)
 
 
 def summary(result: Result) -> dict[str, Any]:
