@@ -31,6 +31,7 @@ from pvae import declaration
 from pvae.fence import module_device
 from pvae.nets import MLP, Input, Net
 from pvae.pair import Batch, Columns, Pair, announce
+from pvae.plates import refuse_supports
 from pvae.sites import Given, Latent, Learned, Observed, Predicted, Site, SiteModule, as_shape
 
 __all__ = ["Given", "Latent", "LatentModel", "Learned", "Observed", "Predicted"]
@@ -162,6 +163,9 @@ class LatentModel(Pair):
                     f"Guide entry {name!r} draws values of shape {module.event_shape}, but the "
                     f"model's site has shape {self.inputs[name].shape}: make them the same."
                 )
+            supports = module.prototype.support, self.module_of(name).prototype.support
+            if supports[0].is_discrete != supports[1].is_discrete:
+                refuse_supports(name, *supports)
             self.guide_modules[name] = module
         for name in self.summed:
             if not self.module_of(name).summable:

@@ -343,6 +343,15 @@ class Pair(nn.Module):
         return poutine.trace(program).get_trace(batch)
 
 
+def check_pair(model: Any) -> None:
+    """Raise unless a model is one that can be evaluated."""
+    if not isinstance(model, Pair):
+        hint = ": pass its `model`" if hasattr(model, "model") else ""
+        raise TypeError(
+            f"`model` must be a LatentModel or a PyroPair, got {type(model).__name__}{hint}."
+        )
+
+
 def announce(prefix: str, module: nn.Module) -> None:
     """Tell `pyro.infer.SVI` of a module's parameters, without Pyro's global param store.
 

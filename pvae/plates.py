@@ -49,6 +49,7 @@ def find_plates(model: Program, guide: Program, args: tuple, kwargs: Mapping[str
                 f"Site {site['name']!r} lies in no vectorised plate over the data, so its "
                 f"log-probability cannot be told apart by datum. Write:\n{PLATE_TO_WRITE}"
             )
+    _check_supports(guide_trace, model_trace)
     size = len(next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), ()))
     if len(common) > 1:
         common = {name for name in common if frames[0][name].size == size}
@@ -61,6 +62,23 @@ def find_plates(model: Program, guide: Program, args: tuple, kwargs: Mapping[str
     (name,) = common
     nesting = max(-frame.dim for own in frames for frame in own.values())
     return Plates(name, frames[0][name].dim, nesting)
+
+
+def _check_supports(guide_trace: poutine.Trace, model_trace: poutine.Trace) -> None:
+    """Raise where q(z | x) is a probability and p(z) a density, or the reverse."""
+    of_model = {site["name"]: site["fn"].support for site in samples(model_trace)}
+    for site in samples(guide_trace):
+        support = of_model.get(site["name"])
+        if support is not None and support.is_discrete != site["fn"].support.is_discrete:
+            refuse_supports(site["name"], site["fn"].support, support)
+
+
+def refuse_supports(name: str, of_guide: Any, of_model: Any) -> None:
+    """Raise: log p - log q would be of no meaning."""
+    raise ValueError(
+        f"The guide draws {name!r} from {of_guide}, and in the model it lies in {of_model}: one is "
+        "discrete and the other is not, so that their weights have no meaning."
+    )
 
 
 def samples(trace: poutine.Trace) -> Iterable[Any]:

@@ -43,7 +43,10 @@ class PyroPair(Pair):
         name: what tables and files call the pair.
 
     Raises:
-        ValueError: on first use, where per-datum terms cannot be told apart.
+        TypeError: for programs that cannot be called.
+        ValueError: on first use, where per-datum terms cannot be told apart. Parameters, too, are
+            those that the programs have made on first use: call one, or `prepare(batch)`, before
+            `parameters()`.
     """
 
     def __init__(
@@ -54,6 +57,9 @@ class PyroPair(Pair):
         name: str = "pyro pair",
     ):
         super().__init__()
+        for what, program in (("model", model), ("guide", guide)):
+            if not callable(program):
+                raise TypeError(f"`{what}` must be a Pyro program, got {program!r}.")
         self.vectorize_particles = vectorize_particles
         self.name = name
         self._programs = (model, guide)

@@ -21,7 +21,7 @@ from pvae.evaluation.evaluate import bounds_of, measure_of
 from pvae.evaluation.latents import Start
 from pvae.evaluation.result import Evaluation
 from pvae.fence import evaluating, fenced, resolve_device
-from pvae.pair import Columns, Pair
+from pvae.pair import Columns, Pair, check_pair
 from pvae.particles import check_count
 from pvae.step import Speed
 
@@ -78,6 +78,7 @@ def ais(
         FloatingPointError: where log p(x) comes out as NaN, naming the datum.
     """
     began = time.perf_counter()
+    check_pair(model)
     plan = Plan(
         num_chains, num_temperatures, start, schedule, leapfrog_steps, seed, compile, progress
     )

@@ -14,7 +14,7 @@ from torch import Tensor
 from pvae import bounds, exact
 from pvae.evaluation.result import Evaluation
 from pvae.fence import evaluating, fenced, resolve_device
-from pvae.pair import Columns, Pair, guide_mean
+from pvae.pair import Columns, Pair, check_pair, guide_mean
 from pvae.particles import Particles, check_count
 from pvae.passes import Weights, weigh
 from pvae.step import Speed
@@ -72,6 +72,7 @@ def evaluate(
         FloatingPointError: where log p(x) comes out as NaN or infinite, naming the datum.
     """
     start = time.perf_counter()
+    check_pair(model)
     check_count("num_particles", num_particles)
     sizes = _grid(grid, num_particles)
     place = resolve_device(device)

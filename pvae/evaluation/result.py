@@ -201,7 +201,7 @@ class Evaluation:
     def _label(self, size: int) -> str:
         if self.sampler == "chains":
             return f"AIS, {size} chain{'s' if size > 1 else ''}"
-        return "ELBO" if size == 1 else f"L_{size}"
+        return "ELBO" if size == 1 and self.proposal == "guide" else f"L_{size}"
 
     def __repr__(self) -> str:
         table = self.summary().to_string(float_format="{:.3f}".format, na_rep="")

@@ -21,7 +21,7 @@ from pvae.evaluation.annealing import Schedule
 from pvae.evaluation.latents import Start
 from pvae.evaluation.result import Evaluation, mean_and_error
 from pvae.fence import evaluating, fenced, resolve_device
-from pvae.pair import Batch, Pair
+from pvae.pair import Batch, Pair, check_pair
 from pvae.particles import check_count
 
 if TYPE_CHECKING:
@@ -145,6 +145,7 @@ def sandwich(
     import xarray as xr
 
     began = time.perf_counter()
+    check_pair(model)
     check_count("num_data", num_data)
     plan = Plan(
         num_chains, num_temperatures, start, schedule, leapfrog_steps, seed, compile, progress

@@ -13,6 +13,9 @@ for any b_k that does not depend on z_k. By name:
 - "average": a decaying average of past rewards, the same for all data (Mnih & Gregor 2014, 2.3).
 - "learned": a network's prediction of the reward from x, trained beside the guide (the same).
 - "none".
+
+`fit` and `pyro.infer.SVI` train what is learned. In a loop of one's own its parameters, among those
+of `objective(model, guide)`, exist from the first call on: make it before the optimiser.
 """
 
 import math

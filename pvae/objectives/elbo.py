@@ -65,6 +65,8 @@ class ELBO(Objective):
     ):
         super().__init__(num_particles, baseline)
         self.gradient, self.kl = gradient, kl
+        if isinstance(beta, str):
+            raise TypeError(f"`beta` must be a number or a function of the step, got {beta!r}.")
         self.beta = beta if callable(beta) else float(beta)
         self.free_bits, self.free_bits_per = free_bits, free_bits_per
         self._check()

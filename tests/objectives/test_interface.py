@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
+import pvae
 from pvae import Latent, LatentModel, Observed, objectives
 from pvae.nets import MLP
 from pvae.objectives import (
@@ -272,3 +273,40 @@ def test_log_weights_are_in_float32_under_autocast(make):
     with torch.autocast("cpu", torch.bfloat16):
         particles = draw(pair.model, pair.guide, (x,), num_particles=3)
     assert particles.log_weights.dtype == torch.float32
+
+
+def test_a_discrete_guide_of_a_continuous_latent_is_refused():
+    """Its weights would have no meaning, and pass every check."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z.sum(-1, keepdim=True), 1.0).to_event(1), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Bernoulli(x.new_full((2,), 0.5)).to_event(1))
+
+    x = torch.randn(4, 2)
+    for objective in (ELBO(), IWAE(3)):
+        with pytest.raises(ValueError, match="one is discrete and the other is not"):
+            objective.loss(model, guide, x)
+    with pytest.raises(ValueError, match="one is discrete and the other is not"):
+        pvae.log_weights(pvae.PyroPair(model, guide), x, 3)
+    with pytest.raises(ValueError, match=r"The guide draws 'z' from .* in the model it lies in"):
+        pvae.LatentModel(
+            z=pvae.Latent(dist.Normal, 2),
+            x=pvae.Observed(dist.Normal, 3, given="z", net=MLP(4)),
+            guide={"z": pvae.Latent(dist.Bernoulli, 2, given="x", net=MLP(4))},
+        )
+
+
+def test_what_is_no_pair_is_named():
+    fitted = pvae.fit(pvae.models.ppca(3, 1), torch.randn(20, 3), steps=1, progress=False)
+    for evaluate in (pvae.evaluate, pvae.ais):
+        with pytest.raises(TypeError, match="PyroPair, got Fit: pass its `model`"):
+            evaluate(fitted, torch.randn(4, 3))
+    with pytest.raises(TypeError, match="`guide` must be a Pyro program, got 2"):
+        pvae.PyroPair(print, 2)
+    with pytest.raises(TypeError, match="must be a number or a function of the step, got 'warmup'"):
+        ELBO(beta="warmup")
