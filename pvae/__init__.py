@@ -33,6 +33,7 @@ from pvae.objectives import (
 from pvae.passes import log_weights
 from pvae.pyro_pair import PyroPair
 from pvae.pyro_svi import from_pyro_svi
+from pvae.refinement import Refine
 from pvae.svi import Fit, fit, load
 
 from pvae import models  # isort: skip  (declared with the names above)
@@ -62,6 +63,7 @@ __all__ = [
     "Observed",
     "Predicted",
     "PyroPair",
+    "Refine",
     "Renyi",
     "ReweightedWakeSleep",
     "Sandwich",

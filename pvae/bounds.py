@@ -83,7 +83,9 @@ def iwae(log_weights: Tensor, num_particles: int | None = None) -> Tensor:
     return (blocks.logsumexp(1) - math.log(blocks.shape[1])).mean(0)
 
 
-def iwae_standard_error(log_weights: Tensor, num_particles: int | None = None) -> Tensor:
+def iwae_standard_error(
+    log_weights: Tensor, num_particles: int | None = None, replicates: int | None = None
+) -> Tensor:
     """Standard error of `iwae` over draws: of its blocks' mean or, for one block, by delta method.
 
     For one block it is the standard error of log p(x) as importance sampling estimates it,
@@ -92,10 +94,19 @@ def iwae_standard_error(log_weights: Tensor, num_particles: int | None = None) -
     Args:
         log_weights: (K, N), nats.
         num_particles: k; all K where left out.
+        replicates: R, where rows are independent only from one to another of R equal parts of
+            them; k is then at most K / R, or K.
 
     Returns:
         (N,), nats; NaN for a single particle.
     """
+    if replicates is not None:
+        parts = log_weights.reshape(replicates, -1, log_weights.shape[1])
+        each = parts.shape[1] if num_particles in (None, len(log_weights)) else num_particles
+        found = torch.stack([iwae(part, each) for part in parts])
+        if each == num_particles:  # of the mean of their bounds, else of the log of their mean
+            return _std(found) / math.sqrt(replicates)
+        return iwae_standard_error(found)
     blocks = _blocks(log_weights, num_particles)
     if len(blocks) > 1:
         values = blocks[:, 0] if blocks.shape[1] == 1 else blocks.logsumexp(1)

@@ -392,6 +392,8 @@ def evaluation_to_datatree(evaluation: "Evaluation") -> "xr.DataTree":
     import xarray as xr
 
     groups = {"per_datum": evaluation.per_datum, "per_unit": evaluation.per_unit}
+    if evaluation.check is not None:
+        groups["check"] = evaluation.check.per_datum
     tree = xr.DataTree.from_dict({name: part for name, part in groups.items() if part.data_vars})
     tree.attrs = {
         "model": evaluation.model,
@@ -404,11 +406,16 @@ def evaluation_to_datatree(evaluation: "Evaluation") -> "xr.DataTree":
         "dimensions": evaluation.dimensions,
         "num_particles": evaluation.num_particles,
         "proposal": evaluation.proposal,
+        "sampler": evaluation.sampler,
         "log_p": evaluation.kind,
         "verdict": evaluation.verdict,
         "seconds": evaluation.seconds,
         **versions(),
     }
+    if evaluation.target_se is not None:  # netCDF has no None
+        tree.attrs["target_se"] = evaluation.target_se
+    if evaluation.check is not None:
+        tree.attrs["check"] = evaluation.check.how
     return tree
 
 
@@ -437,7 +444,8 @@ def to_elpd(evaluation: "Evaluation") -> Any:
         khat = None
     if khat is not None:
         khat = khat.rename("pareto_k").assign_coords(datum=log_p.datum)
-    good_k = None if khat is None else bounds.khat_threshold(evaluation.num_particles)
+    fewest = int(evaluation.per_datum.get("draws", torch.tensor(evaluation.num_particles)).min())
+    good_k = None if khat is None else bounds.khat_threshold(fewest)
     optional: Any = {"pareto_k": khat, "good_k": good_k}
     return ELPDDataLOO(
         elpd=float(log_p.sum()),

@@ -200,31 +200,40 @@ def _draw_at_once(graph: fx.GraphModule) -> None:
     graph.recompile()
 
 
-def hoist(graph: fx.GraphModule) -> tuple[Callable[..., Any], Callable[..., Any]]:
+def hoist(
+    graph: fx.GraphModule, late: int = 0
+) -> tuple[Callable[..., Any], Callable[..., Any], list[int]]:
     """Cut a graph of one result into what no draw changes, and the rest.
 
+    Args:
+        graph: to cut.
+        late: how many of its last inputs change from draw to draw, as random numbers do.
+
     Returns:
-        A function from the graph's inputs to those of the second, and the second, from these to
-        the result.
+        A function from the graph's inputs to those of the second; the second, from these to the
+        result; and where among its inputs the late ones are.
 
     Raises:
         CannotLower: if the result depends on no draw, or a draw is written into something else.
     """
-    drawn = _drawn(graph)
+    inputs = graph.graph.find_nodes(op="placeholder")
+    drawn = _drawn(graph, set(inputs[len(inputs) - late :]))
     parts = split_module(graph, None, lambda node: int(node in drawn))  # type: ignore[arg-type]
     *_, last, output = parts.graph.nodes
     if last.target != "submod_1" or output.args[0] != [last]:
         raise CannotLower("its weights depend on no draw")
+    names = [node.target for node in inputs[len(inputs) - late :]]
+    found = [getattr(node, "target", None) for node in last.args]
     parts.graph.erase_node(output)
     parts.graph.output(list(last.args))
     parts.graph.erase_node(last)
     parts.recompile()
-    return parts, parts.get_submodule("submod_1")
+    return parts, parts.get_submodule("submod_1"), [found.index(name) for name in names]
 
 
-def _drawn(graph: fx.GraphModule) -> set[fx.Node]:
-    """Nodes that depend on random numbers, or are written to by one that does."""
-    drawn: set[fx.Node] = set()
+def _drawn(graph: fx.GraphModule, late: set[fx.Node]) -> set[fx.Node]:
+    """Nodes that depend on random numbers or these inputs, or are written to by one that does."""
+    drawn = set(late)
     size = -1
     while size != len(drawn):
         size = len(drawn)
@@ -239,7 +248,7 @@ def _drawn(graph: fx.GraphModule) -> set[fx.Node]:
                 if made is None or any(value.alias_info for value in made.returns):
                     raise CannotLower(f"a draw is written into {written}, which is not one")
                 drawn.add(written)
-    return {node for node in drawn if node.op != "output"}
+    return {node for node in drawn if node.op not in ("output", "placeholder")}
 
 
 def _equal(left: list[Tensor | None], right: list[Tensor | None]) -> bool:

@@ -81,6 +81,10 @@ class Columns:
         """The same columns on another device."""
         return self._each("to", device)
 
+    def subset(self, index: Tensor) -> "Columns":
+        """Some rows, by their numbers."""
+        return self._each("subset", index)
+
     def realised(self) -> "Columns":
         """Noise drawn once, as evaluation needs it."""
         return self._each("realised")

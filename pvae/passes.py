@@ -9,7 +9,9 @@ same random numbers: in Pyro, as the graph that is read out of it, and as that g
 
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx
@@ -19,9 +21,15 @@ from pvae.likelihoods import CheapLikelihoods
 from pvae.lowering import PACKAGE, CannotLower, Lowered, compiled, hoist
 from pvae.pair import Columns, Pair
 from pvae.particles import Particles
+from pvae.points import REPLICATES, Points, Scores, widths
+from pvae.refinement import Refine, Refinement
 from pvae.step import Speed
 
-__all__ = ["Weights", "blocks", "log_weights", "weigh"]
+__all__ = ["How", "Proposal", "Weights", "blocks", "log_weights", "speed_for", "weigh"]
+
+Proposal = str | Refine
+LONG = 10_000_000  # weights that save more time than compiling takes
+SHORT = 400_000  # weights that save more time than reading their pass out of Pyro takes
 
 MAX_ROWS = 2048  # particle-datum pairs in one pass: its activations fit a cache
 MAX_ROWS_CUDA = 2**17  # enough to keep a device busy
@@ -60,11 +68,116 @@ def _even(num_particles: int, most: int) -> int:
     return next((size for size in sizes if num_particles % size == 0), min(num_particles, most))
 
 
+def speed_for(num_weights: int, compile: bool | Literal["auto"]) -> Speed:
+    """What pays. A rule of numbers, not of times, so that results can be repeated."""
+    if compile not in (True, False, "auto"):
+        raise ValueError(f"`compile` must be True, False or 'auto', got {compile!r}.")
+    if compile != "auto":
+        return "compiled" if compile else "eager"
+    return "compiled" if num_weights >= LONG else "traced" if num_weights >= SHORT else "eager"
+
+
+@dataclass(frozen=True)
+class How:
+    """How particles are drawn.
+
+    Args:
+        proposal: "guide", "prior" or "defensive".
+        refine: how to refine the guide, if it is to be.
+        points: "random" or "sobol".
+
+    Raises:
+        ValueError: for other points, or a combination that there is not.
+    """
+
+    proposal: str = "guide"
+    refine: Refine | None = None
+    points: Literal["random", "sobol"] = "random"
+
+    def __post_init__(self) -> None:
+        if self.points not in ("random", "sobol"):
+            raise ValueError(f"`points` must be 'random' or 'sobol', got {self.points!r}.")
+        if self.points == "sobol" and self.proposal == "defensive":
+            raise ValueError("The defensive proposal is drawn at random points: it is a mixture.")
+
+    @classmethod
+    def of(cls, proposal: Proposal, points: Literal["random", "sobol"] = "random") -> "How":
+        """From what a caller says: "refined" and a `Refine` are the guide, refined."""
+        if proposal == "refined":
+            proposal = Refine()
+        if isinstance(proposal, Refine):
+            return cls("guide", proposal, points)
+        return cls(proposal, None, points)
+
+    @property
+    def name(self) -> str:
+        """For tables."""
+        found = self.proposal if self.refine is None else f"refined {self.proposal}"
+        return found if self.points == "random" else f"{found}, at Sobol points"
+
+    @property
+    def replicates(self) -> int | None:
+        """Independent parts of the particles, where not each is independent."""
+        return None if self.points == "random" else REPLICATES
+
+
+class Drawing:
+    """Draws particles for one block of data after another.
+
+    Args:
+        pair: in evaluation mode, prepared for its data.
+        columns: whose rows a block holds.
+        block: an example, (n, *event) by column.
+        num_particles: K.
+        how: they are drawn.
+        speed: how gradients are computed where the guide is refined.
+    """
+
+    def __init__(
+        self,
+        pair: Pair,
+        columns: Columns,
+        block: list[Tensor],
+        num_particles: int,
+        how: How,
+        speed: Speed,
+    ):
+        self.columns, self.num_particles, self.num_columns = columns, num_particles, len(block)
+        self.proposal = how.proposal
+        self.refinement: Refinement | None = None
+        if how.refine is not None:
+            self.refinement = Refinement(pair, columns, block, how.refine, speed)
+        self.widths: dict[str, int] = {}
+        if how.points == "sobol":
+            self.widths = widths(pair.programs(columns.observed(block), how.proposal))
+
+    def begin(self, block: list[Tensor]) -> list[Tensor]:
+        """The block, and what else stays as it is while its particles are drawn."""
+        if self.widths:
+            size = sum(self.widths.values())
+            self.scores = Scores(self.num_particles, len(block[0]), size)
+        return block if self.refinement is None else [*block, *self.refinement(block)]
+
+    def points(self, start: int, stop: int, like: Tensor) -> list[Tensor]:
+        """Where particles start..stop-1 are, unless they are drawn at random."""
+        return [self.scores(start, stop, like)] if self.widths else []
+
+    def __call__(self, pair: Pair, num_particles: int, *tensors: Tensor) -> Particles:
+        """Some particles of a block that was begun, at their points."""
+        block, others = list(tensors[: self.num_columns]), list(tensors[self.num_columns :])
+        where = Points(self.widths, others.pop()) if self.widths else nullcontext()
+        with where:
+            if self.refinement is None:
+                batch = self.columns.observed(block)
+                return pair.draw(batch, num_particles, self.proposal)
+            return self.refinement.programs(pair, block, others).draw(num_particles)
+
+
 def weigh(
     pair: Pair,
     columns: Columns,
     num_particles: int,
-    proposal: str,
+    how: How,
     speed: Speed = "eager",
     max_rows: int | None = None,
     whole: int = 0,
@@ -75,7 +188,7 @@ def weigh(
         pair: prepared for the data.
         columns: its data, checked and realised.
         num_particles: K.
-        proposal: "guide", "prior" or "defensive".
+        how: particles are drawn.
         speed: how passes run, where they can be lowered.
         max_rows: most particle-datum pairs in one pass.
         whole: of how many particles, at least, all is wanted, not their weights alone.
@@ -88,46 +201,49 @@ def weigh(
     usual = MAX_ROWS_CUDA if tensors[0].device.type == "cuda" else MAX_ROWS
     max_rows = max(1, (max_rows or usual) // pair.categories)
     lowered: _Pass | None = None
+    drawing: Drawing | None = None
     for rows, passes in blocks(len(columns), num_particles, max_rows, MAX_WEIGHTS):
         block = [values[rows] for values in tensors]
+        if drawing is None:
+            drawing = Drawing(pair, columns, block, num_particles, how, speed)
+        begun = drawing.begin(block)
         if rows.start == 0 and speed != "eager" and len(passes) > 1:
-            lowered = _lower(pair, columns, block, passes[0], proposal, speed)
-        yield rows, _passes(pair, columns, block, passes, proposal, lowered, whole)
+            lowered = _lower(pair, drawing, begun, passes[0], speed)
+        yield rows, _passes(pair, drawing, begun, passes, lowered, whole)
 
 
 def _lower(
-    pair: Pair, columns: Columns, block: list[Tensor], size: int, proposal: str, speed: Speed
+    pair: Pair, drawing: Drawing, begun: list[Tensor], size: int, speed: Speed
 ) -> "_Pass | None":
     """A lowered pass, or the next best thing with a word on why."""
     try:
-        return _Pass(pair, columns, block, size, proposal, speed == "compiled")
+        return _Pass(pair, drawing, begun, size, speed == "compiled")
     except CannotLower as error:
         what = f"Weights are drawn without being compiled: {error}."
         warnings.warn(what, skip_file_prefixes=PACKAGE)
     try:
-        return _Pass(pair, columns, block, size, proposal, False) if speed == "compiled" else None
+        return _Pass(pair, drawing, begun, size, False) if speed == "compiled" else None
     except CannotLower:
         return None
 
 
 def _passes(
     pair: Pair,
-    columns: Columns,
-    block: list[Tensor],
+    drawing: Drawing,
+    begun: list[Tensor],
     passes: Sequence[int],
-    proposal: str,
     lowered: "_Pass | None",
     whole: int,
 ) -> Iterator[tuple[Tensor, Particles | None]]:
-    batch = columns.observed(block)
-    if lowered is not None and not lowered.begin(block):
+    if lowered is not None and not lowered.begin(begun):
         lowered = None
     drawn = 0
     for size in passes:
+        points = drawing.points(drawn, drawn + size, begun[0])
         if lowered is not None and drawn >= whole and size == lowered.num_particles:
-            yield lowered(), None
+            yield lowered(*points), None
         else:
-            particles = pair.draw(batch, size, proposal)
+            particles = drawing(pair, size, *begun, *points)
             yield particles.log_weights, particles
         drawn += size
 
@@ -137,7 +253,7 @@ def log_weights(
     data: Any,
     num_particles: int = 1,
     *,
-    proposal: str = "guide",
+    proposal: Proposal = "guide",
     max_rows: int | None = None,
     seed: int = 0,
 ) -> Tensor:
@@ -150,7 +266,8 @@ def log_weights(
         pair: `LatentModel` or `PyroPair`.
         data: (N, *event), or a mapping from site names to columns.
         num_particles: K, drawn exactly.
-        proposal: "guide"; "prior" for naive Monte Carlo, z_kn ~ p(z); or "defensive", a mixture.
+        proposal: "guide"; "prior" for naive Monte Carlo, z_kn ~ p(z); "defensive", a mixture; or
+            "refined", the guide after gradient steps on each datum (see `evaluate`).
         max_rows: most particle-datum pairs in one pass; memory depends on it, the law does not.
         seed: of the draws. The caller's random state stays as it was.
 
@@ -160,12 +277,13 @@ def log_weights(
     Raises:
         ValueError: for data that do not fit the model.
     """
+    how = How.of(proposal)
     device = module_device(pair)
     columns = pair.columns(data).realised().to(device)
     pair.prepare(columns.rows(slice(0, 13)))
     with evaluating(pair), fenced(seed, device):
         found = []
-        for _, passes in weigh(pair, columns, num_particles, proposal, max_rows=max_rows):
+        for _, passes in weigh(pair, columns, num_particles, how, max_rows=max_rows):
             weights = Weights(num_particles)
             for some, _ in passes:
                 weights.add(some)
@@ -197,10 +315,9 @@ class _Pass:
 
     Args:
         pair: in evaluation mode.
-        columns: whose rows a block holds.
-        block: an example, (n, *event) by column.
+        drawing: how particles are drawn.
+        begun: an example of what stays for a block, (n, *) each.
         num_particles: k.
-        proposal: "guide" or "prior".
         compile: whether inductor compiles the second part.
 
     Raises:
@@ -210,38 +327,46 @@ class _Pass:
     def __init__(
         self,
         pair: Pair,
-        columns: Columns,
-        block: list[Tensor],
+        drawing: Drawing,
+        begun: list[Tensor],
         num_particles: int,
-        proposal: str,
         compile: bool,
     ):
-        def weights(pair: Pair, *block: Tensor) -> list[Tensor | None]:
-            return [pair.draw(columns.observed(block), num_particles, proposal).log_weights]
+        def weights(pair: Pair, *tensors: Tensor) -> list[Tensor | None]:
+            return [drawing(pair, num_particles, *tensors).log_weights]
 
-        def cheap(pair: Pair, *block: Tensor) -> list[Tensor | None]:
+        def cheap(pair: Pair, *tensors: Tensor) -> list[Tensor | None]:
             with CheapLikelihoods():
-                return weights(pair, *block)
+                return weights(pair, *tensors)
 
-        self.shapes = [values.shape for values in block]
+        self.shapes = [values.shape for values in begun]
         self.num_particles = num_particles
-        self.lowered = Lowered(pair, cheap if compile else weights, block)
+        points = drawing.points(0, num_particles, begun[0])
+        function = cheap if compile else weights
+        self.lowered = Lowered(pair, function, [*begun, *points])
         assert isinstance(self.lowered.graph, fx.GraphModule)
-        self.hoisted, self.body = hoist(self.lowered.graph)
-        self.begin(block)
+        self.hoisted, self.body, self.late = hoist(self.lowered.graph, len(points))
+        self.begin(begun)
         if compile:
-            self.body = compiled(self.body, self.inputs)
+            self.body = compiled(self.body, self._inputs(points))
 
-    def begin(self, block: list[Tensor]) -> bool:
+    def begin(self, begun: list[Tensor]) -> bool:
         """Compute what all passes over a block share, unless it is of another size."""
-        if [values.shape for values in block] != self.shapes:
+        if [values.shape for values in begun] != self.shapes:
             return False
+        blank = [torch.empty(0)] * len(self.late)
         with torch.no_grad():
-            self.inputs = self.hoisted(*self.lowered.state.values(), *block)
+            self.inputs = self.hoisted(*self.lowered.state.values(), *begun, *blank)
         return True
 
-    def __call__(self) -> Tensor:
+    def _inputs(self, points: Sequence[Tensor]) -> list[Tensor]:
+        inputs = list(self.inputs)
+        for place, values in zip(self.late, points, strict=True):
+            inputs[place] = values
+        return inputs
+
+    def __call__(self, *points: Tensor) -> Tensor:
         """log w of k new draws, (k, n)."""
         with torch.no_grad():
-            found = self.body(*self.inputs)
+            found = self.body(*self._inputs(points))
         return found if isinstance(found, Tensor) else found[0]

@@ -4,9 +4,9 @@ Programs  --draw-->   Particles on the data
 Programs  --dream-->  log q(z | x) of z and x that the model itself has drawn, (N,)
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -58,6 +58,10 @@ class Programs:
             vectorize=self.vectorize,
             cut=cut,
         )
+
+    def with_guide(self, change: Callable[[Program], Program]) -> "Programs":
+        """The same model with a guide made of this one."""
+        return replace(self, guide=change(self.guide))
 
     def guide_sites(self) -> dict[str, Any]:
         """Sites that the guide draws, by name, from a run of it."""

@@ -15,14 +15,14 @@ import pvae
 from pvae import PyroPair, passes
 from pvae.fence import evaluating, fenced
 from pvae.lowering import CannotLower, hoist
-from pvae.passes import blocks, weigh
+from pvae.passes import How, blocks, weigh
 from tests.evaluation.test_evaluate import Memory, normalised
 from tests.fitting import annealed_by_hand, binary, declare
 from tests.test_lowering import HandWritten, needs_compiler
 
 CPU = torch.device("cpu")
 DRAWING = ["gaussian_vae", "hierarchical_vae", "ppca", "vae"]  # the others sum their latents out
-evaluation = importlib.import_module("pvae.evaluation.evaluate")  # a function has its name
+kept = importlib.import_module("pvae.evaluation.kept")
 
 
 def make(name: str):
@@ -34,7 +34,7 @@ def weights(pair, data, num_particles, speed, proposal="guide", max_rows=24) -> 
     columns = pair.columns(data)
     pair.prepare(data)
     with evaluating(pair), fenced(0, CPU):
-        passed = weigh(pair, columns, num_particles, proposal, speed, max_rows)
+        passed = weigh(pair, columns, num_particles, How(proposal), speed, max_rows)
         return torch.cat([torch.cat([w for w, _ in block]) for _, block in passed], 1)
 
 
@@ -139,7 +139,8 @@ def one_pass(name: str, proposal: str = "guide"):
     pair, block = make(name), [binary(6)]
     pair.prepare(block[0])
     with evaluating(pair), fenced(0, CPU):
-        return passes._Pass(pair, pair.columns(block[0]), block, 5, proposal, False), block
+        drawing = passes.Drawing(pair, pair.columns(block[0]), block, 5, How(proposal), "eager")
+        return passes._Pass(pair, drawing, block, 5, False), block
 
 
 @pytest.mark.parametrize(("name", "encoder", "decoder"), [("vae", 2, 2), ("by hand", 1, 1)])
@@ -183,7 +184,7 @@ def graph(function) -> fx.GraphModule:
 def test_the_two_parts_of_a_graph_make_the_whole(function):
     """More than once, since what a draw is written into must be made anew for each pass."""
     whole, x = graph(function), torch.arange(3.0)
-    first, second = hoist(graph(function))
+    first, second, _ = hoist(graph(function))
     shared = first(x)
     for seed in range(3):
         torch.manual_seed(seed)
@@ -191,6 +192,18 @@ def test_the_two_parts_of_a_graph_make_the_whole(function):
         torch.manual_seed(seed)
         found = second(*shared)
         assert torch.equal(found if isinstance(found, Tensor) else found[0], expected)
+
+
+def test_late_inputs_enter_the_second_part():
+    def function(x, y):
+        return [x.exp() * y + x.sin()]
+
+    x, y = torch.arange(3.0), torch.tensor([2.0, 3.0, 4.0])
+    first, second, (place,) = hoist(make_fx(function)(x, y), late=1)
+    inputs = list(first(x, torch.empty(0)))
+    assert len(inputs) == 3  # exp, sin, and y
+    inputs[place] = y
+    assert torch.equal(second(*inputs), function(x, y)[0])
 
 
 @pytest.mark.parametrize(
@@ -212,7 +225,7 @@ def test_graphs_that_cannot_be_cut_are_refused(function, match):
 @pytest.fixture
 def short(monkeypatch) -> None:
     """`compile="auto"` draws weights by a graph that is not compiled, in blocks of 8, 8 and 4."""
-    monkeypatch.setattr(evaluation, "SHORT", 1)
+    monkeypatch.setattr(passes, "SHORT", 1)
     monkeypatch.setattr(passes, "MAX_ROWS", 400)
 
 
@@ -253,7 +266,7 @@ def test_evaluation_leaves_everything_as_it_was_at_every_speed(calls, compile):
 
 
 def test_memory_does_not_grow_with_k_in_graphs_either(monkeypatch, calls):
-    monkeypatch.setattr(evaluation, "SHORT", 1)
+    monkeypatch.setattr(passes, "SHORT", 1)
     monkeypatch.setattr(passes, "MAX_WEIGHTS", 2**15)
     pair, x, peaks = declare("vae"), binary(20), {}
     for K in (2000, 20_000):
@@ -324,7 +337,7 @@ def test_the_weights_of_a_pass_are_let_go_once_they_are_copied(monkeypatch):
             yield own, particles
 
     monkeypatch.setattr(passes, "weigh", watched)
-    monkeypatch.setattr(evaluation, "weigh", watched)
+    monkeypatch.setattr(kept, "weigh", watched)
     monkeypatch.setattr(passes, "MAX_ROWS", 20)
     model = declare("vae")
     pvae.log_weights(model, binary(), 40)

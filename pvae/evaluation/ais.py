@@ -17,7 +17,7 @@ from torch import Tensor
 from pvae import exact
 from pvae.evaluation.annealing import Schedule
 from pvae.evaluation.annealing_run import AnnealedRun
-from pvae.evaluation.evaluate import bounds_of, measure_of
+from pvae.evaluation.kept import bounds_of, measure_of
 from pvae.evaluation.latents import Start
 from pvae.evaluation.result import Evaluation
 from pvae.fence import evaluating, fenced, resolve_device

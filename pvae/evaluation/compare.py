@@ -1,11 +1,17 @@
 """Rank models by log p(x) on the same data, with paired differences and their standard errors."""
 
+import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from pvae.evaluation.result import Evaluation, mean_and_error
+import numpy as np
+
+from pvae.evaluation.agreement import Agreement, estimate, mean_and_error
+from pvae.evaluation.comparable import check_comparable, why_other_model
+from pvae.evaluation.result import Evaluation
+from pvae.evaluation.rows import BITS, NATS
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -20,48 +26,48 @@ class Comparison:
     Args:
         table: one row a model: log p(x), its standard error over data, what it is, difference to
             the best, standard error of that difference over the same data, share of data with
-            failing k-hat, active units; nats per datum.
+            failing k-hat, active units.
         space: the observation space that all share.
         num_data: N.
+        unit: of log p(x), "nats per datum" or "bits per dimension".
+        caution: what the ranking does not say.
     """
 
     table: "pd.DataFrame"
     space: str
     num_data: int
-
-    @property
-    def caution(self) -> str:
-        """What the ranking does not say."""
-        notes = []
-        if len(set(self.table["what it is"])) > 1:
-            notes.append("a lower bound may be below its model's log p(x), an exact value is not")
-        if (self.table["k-hat too high (%)"] > 0).any():
-            notes.append("where k-hat is too high, log p(x) may lie well above the bound")
-        return "; ".join(notes)
+    unit: str
+    caution: str
 
     def __repr__(self) -> str:
-        table = self.table.to_string(float_format="{:.2f}".format, na_rep="")
+        table = self.table.to_string(float_format=self._format, na_rep="")
         return f"{self._title}\n{table}" + (f"\nNote: {self.caution}." if self.caution else "")
 
     def _repr_html_(self) -> str:
-        table = self.table.to_html(float_format="{:.2f}".format, na_rep="")
+        table = self.table.to_html(float_format=self._format, na_rep="")
         note = f"<p>Note: {self.caution}.</p>" if self.caution else ""
         return f"<p>{self._title}</p>{table}{note}"
 
     @property
+    def _format(self) -> Callable[[float], str]:
+        return ("{:.2f}" if self.unit == NATS else "{:.4f}").format
+
+    @property
     def _title(self) -> str:
-        return f"log p(x), nats per datum, {self.num_data} data of {self.space}"
+        return f"log p(x), {self.unit}, {self.num_data} data of {self.space}"
 
 
-def compare(results: Mapping[str, Evaluation]) -> Comparison:
+def compare(results: Mapping[str, Evaluation], bits: bool = False) -> Comparison:
     """Compare evaluations of several models on the same data.
 
     Args:
         results: evaluations by the name to show.
+        bits: give log-probabilities in bits per dimension instead of nats per datum.
 
     Returns:
         Comparison. Differences are paired by datum, so that what makes a datum hard for all models
-        cancels.
+        cancels. A bound is put above an exact value only if the difference is beyond twice its
+        standard error.
 
     Raises:
         ValueError: for no result, or results in different observation spaces or on different data,
@@ -79,52 +85,90 @@ def compare(results: Mapping[str, Evaluation]) -> Comparison:
             raise TypeError(
                 f"`compare` takes what `evaluate` returns; {name!r} is {type(result).__name__}."
             )
-    _check_same_data(results)
-    ranked = sorted(results, key=lambda name: -float(results[name].log_p.mean()))
-    best = results[ranked[0]]
-    import pandas as pd
-
-    rows = []
-    for name in ranked:
-        result = results[name]
-        mean, error = mean_and_error(result.log_p)
-        difference, error_of_difference = mean_and_error(result.log_p - best.log_p)
-        units = ", ".join(f"{count} of {unit}" for unit, count in result.active_units.items())
-        rows.append(
-            {
-                "model": name,
-                "log p(x)": mean,
-                "se": error,
-                "what it is": result.kind,
-                "difference": difference,
-                "se of difference": error_of_difference,
-                "k-hat too high (%)": math.nan if result.is_exact else 100 * result.failing,
-                "active units": units,
-            }
-        )
-    table = pd.DataFrame(rows).set_index("model")
-    return Comparison(table, best.spec.space(), best.log_p.size)
-
-
-def _check_same_data(results: Mapping[str, Evaluation]) -> None:
     (first, one), *others = results.items()
     for name, other in others:
-        if one.spec.space() != other.spec.space():
-            raise ValueError(
-                f"{first!r} and {name!r} cannot be compared: they are evaluated in different "
-                f"observation spaces, {one.spec.space()} against {other.spec.space()}. "
-                "Probabilities of bits and densities of grey levels are different quantities; "
-                "evaluate both on the same data."
+        check_comparable(first, one, name, other)
+    import pandas as pd
+
+    ranked = _ranked(results)
+    best = next(iter(ranked.values()))
+    factor = 1 / (math.log(2) * best.dimensions) if bits else 1.0
+    rows = [{"model": name} | _row(result, best, factor) for name, result in ranked.items()]
+    return Comparison(
+        table=pd.DataFrame(rows).set_index("model"),
+        space=best.spec.space(),
+        num_data=best.log_p.size,
+        unit=BITS if bits else NATS,
+        caution="; ".join(_notes(ranked)),
+    )
+
+
+def _ranked(results: Mapping[str, Evaluation]) -> dict[str, Evaluation]:
+    """Best mean first; an exact value goes before bounds that lead by less than their error."""
+    names = sorted(results, key=lambda name: -float(results[name].log_p.mean()))
+    for place, name in enumerate(names):
+        while (
+            place
+            and results[name].is_exact
+            and not _leads(results[names[place - 1]], results[name])
+        ):
+            names[place - 1 : place + 1] = name, names[place - 1]
+            place -= 1
+    return {name: results[name] for name in names}
+
+
+def _leads(one: Evaluation, exact: Evaluation) -> bool:
+    """Whether an evaluation with the higher mean may be said to beat an exact value."""
+    lead = Agreement.of((exact.log_p, np.zeros(exact.log_p.size)), estimate(one.per_datum))
+    return one.is_exact or lead.mean[0] > 2 * lead.error_of_mean
+
+
+def _row(result: Evaluation, best: Evaluation, factor: float) -> dict[str, Any]:
+    mean, error = mean_and_error(result.log_p)
+    difference, error_of_difference = mean_and_error(result.log_p - best.log_p)
+    units = ", ".join(f"{count} of {unit}" for unit, count in result.active_units.items())
+    return {
+        "log p(x)": factor * mean,
+        "se": factor * error,
+        "what it is": f"{result.kind}, doubted by k-hat" if _doubted(result) else result.kind,
+        "difference": factor * difference,
+        "se of difference": factor * error_of_difference,
+        "k-hat too high (%)": math.nan if result.is_exact else 100 * result.failing,
+        "active units": units,
+    }
+
+
+def _doubted(result: Evaluation) -> bool:
+    return not result.is_exact and result.failing > 0
+
+
+def _notes(ranked: Mapping[str, Evaluation]) -> list[str]:
+    """What the ranking does not say."""
+    notes = []
+    if len({result.is_exact for result in ranked.values()}) > 1:
+        notes.append("a lower bound may be below its model's log p(x), an exact value is not")
+    if any(map(_doubted, ranked.values())):
+        notes.append("where k-hat is too high, log p(x) may lie well above the bound")
+    pairs = [
+        (f"{name!r} and its check", result, result.check)
+        for name, result in ranked.items()
+        if result.check is not None
+    ]
+    pairs += [
+        (f"{name!r} and {other_name!r}, if they are of one model,", one, other)
+        for (name, one), (other_name, other) in itertools.combinations(ranked.items(), 2)
+        if _may_be_one_model(one, other)
+    ]
+    for names, one, other in pairs:
+        if not (agreement := Agreement.between(one, other)).agrees:
+            notes.append(
+                f"{names} disagree beyond error: the latter puts log p(x) {agreement.told()}, and "
+                "of the two bounds the lower is loose"
             )
-        if one.measure != other.measure:
-            raise ValueError(
-                f"{first!r} and {name!r} cannot be compared: p(x) is a {one.measure} under the one "
-                f"and a {other.measure} under the other, and the two have different units. Declare "
-                "observed sites that are both discrete, or both continuous."
-            )
-        if one.fingerprint != other.fingerprint:
-            raise ValueError(
-                f"{first!r} and {name!r} cannot be compared: they are evaluated on different data "
-                f"({one.log_p.size} of split {one.spec.split!r} against {other.log_p.size} of "
-                f"{other.spec.split!r}). Evaluate both on the same data."
-            )
+    return notes
+
+
+def _may_be_one_model(one: Evaluation, other: Evaluation) -> bool:
+    """As far as names and exact values tell; drawn from different proposals."""
+    drawn = "bound" in one.per_datum and "bound" in other.per_datum
+    return drawn and one.proposal != other.proposal and not why_other_model(one, other)

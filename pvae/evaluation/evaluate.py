@@ -5,26 +5,23 @@ pair, data  --weigh-->  (K, n) weights, block by block of data  --bounds-->  Eva
 
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
-from pvae import bounds, exact
+from pvae import exact
+from pvae.evaluation.enough import Target, own_draws
+from pvae.evaluation.kept import Kept, measure_of
 from pvae.evaluation.result import Evaluation
 from pvae.fence import evaluating, fenced, resolve_device
-from pvae.pair import Columns, Pair, check_pair, guide_mean
-from pvae.particles import Particles, check_count
-from pvae.passes import Weights, weigh
-from pvae.step import Speed
+from pvae.pair import Pair, check_pair
+from pvae.particles import check_count
+from pvae.passes import How, Proposal, speed_for
 
-__all__ = ["bounds_of", "evaluate", "measure_of"]
+__all__ = ["evaluate"]
 
 GRID = (1, 5, 50, 500, 5000, 50_000)
-PART_PARTICLES = 32  # at least, for the parts of the ELBO, whose spread is small
-LONG = 10_000_000  # weights that save more time than compiling takes
-SHORT = 400_000  # weights that save more time than reading their pass out of Pyro takes
 
 
 def evaluate(
@@ -33,7 +30,10 @@ def evaluate(
     num_particles: int = 5000,
     *,
     grid: Sequence[int] | None = None,
-    proposal: str = "guide",
+    proposal: Proposal = "guide",
+    points: Literal["random", "sobol"] = "random",
+    target_se: float | None = None,
+    max_particles: int | None = None,
     seed: int = 0,
     device: str | torch.device = "auto",
     compile: bool | Literal["auto"] = "auto",
@@ -53,9 +53,17 @@ def evaluate(
         num_particles: K, drawn exactly, in memory that does not grow with it up to four million,
             the weights of a single datum that are held at once.
         grid: sizes k <= K of the bounds; 1, 5, 50, ... and K where left out.
-        proposal: "guide"; "prior" for naive Monte Carlo, whose k-hat says why not; or "defensive",
+        proposal: "guide"; "prior" for naive Monte Carlo, whose k-hat says why not; "defensive",
             nine parts of the one and one of the other: its weights are bounded by 10 p(x | z), so
-            that a mode which the guide misses shows.
+            that a mode which the guide misses shows; or "refined", the guide after fifty steps of
+            Adam on each datum's own variational parameters (`Refine` has other settings).
+        points: "random"; or "sobol" for randomised quasi-Monte Carlo: eight sets of K / 8 Sobol
+            points, each shifted at random, which fill space more evenly. They gain most where K / 8
+            is a power of two and latents are few; each site needs a quantile function.
+        target_se: standard error over draws that each datum's bound is to have, in nats. K
+            particles then tell how many each datum needs, and so many are drawn afresh.
+        max_particles: most of those, 100 K where left out; `Evaluation.not_reached` has the data
+            for which they were not enough.
         seed: of the draws.
         device: where to run; "auto" is CUDA where there is one.
         compile: whether weights are drawn by a compiled graph, read once out of Pyro (`passes`).
@@ -68,68 +76,78 @@ def evaluate(
         Evaluation, in nats.
 
     Raises:
-        ValueError: for data that do not fit the model, K below 1, or a grid outside 1..K.
+        ValueError: for data that do not fit the model, K below 1, a grid outside 1..K, or a
+            proposal or points that the model's sites do not allow.
         FloatingPointError: where log p(x) comes out as NaN or infinite, naming the datum.
     """
     start = time.perf_counter()
     check_pair(model)
     check_count("num_particles", num_particles)
-    sizes = _grid(grid, num_particles)
+    drawn = How.of(proposal, points)
+    target = None if target_se is None else Target(target_se, num_particles, max_particles)
+    if target is None and max_particles is not None:
+        raise ValueError("`max_particles` is the limit of `target_se`; give that as well.")
+    kept = Kept(_grid(grid, num_particles, drawn), drawn)
     place = resolve_device(device)
     columns = model.columns(data).realised()
     before = next(model.parameters(), torch.empty(0)).device
     model.to(place)
+    more: dict[str, torch.Tensor] = {}
     try:
         on_device = columns.to(place)
         with torch.random.fork_rng():
             model.prepare(on_device.rows(slice(0, 13)))
         how = exact.method(model)
-        closed = how in ("enumeration", "linear-Gaussian")
-        known = exact.log_prob(model, data) if closed else None
-        speed = _speed(num_particles * len(columns), compile)
-        passes = _Passes(sizes, with_parts=proposal != "defensive")
+        if how in ("enumeration", "linear-Gaussian"):
+            more["exact"] = exact.log_prob(model, data).double()
+        speed = speed_for(num_particles * len(columns), compile)
         with evaluating(model), fenced(seed, place):
-            if how == "enumeration" or not passes.with_parts:
-                passes.measure = measure_of(model.draw(on_device.rows(slice(0, 1))))
             if how != "enumeration":
-                passes.run(model, on_device, num_particles, proposal, speed, progress)
+                kept.run(model, on_device, speed, progress)
+                if target is not None:
+                    needed = target.needed(kept.columns()["bound_se"][-1])
+                    more |= own_draws(model, on_device, needed, drawn, compile, progress)
+            first = on_device.rows(slice(0, 1))
+            measure, dimensions = kept.measure or measure_of(model.draw(first))
     finally:
         model.to(before)
-    per_datum, per_unit = passes.datasets(known)
+    per_datum, per_unit = kept.datasets(more)
     _check_finite(model, per_datum)
     return Evaluation(
         model=model.name,
         spec=columns.main.spec,
-        measure=passes.measure[0],
-        dimensions=passes.measure[1],
+        measure=measure,
+        dimensions=dimensions,
         fingerprint=columns.fingerprint(),
         num_particles=0 if how == "enumeration" else num_particles,
-        proposal=proposal,
+        proposal=drawn.name,
         per_datum=per_datum,
         per_unit=per_unit,
         seconds=time.perf_counter() - start,
+        target_se=target_se,
     )
 
 
-def _speed(num_weights: int, compile: bool | Literal["auto"]) -> Speed:
-    """What pays. A rule of numbers, not of times, so that results can be repeated."""
-    if compile not in (True, False, "auto"):
-        raise ValueError(f"`compile` must be True, False or 'auto', got {compile!r}.")
-    if compile != "auto":
-        return "compiled" if compile else "eager"
-    return "compiled" if num_weights >= LONG else "traced" if num_weights >= SHORT else "eager"
-
-
-def _grid(grid: Sequence[int] | None, num_particles: int) -> list[int]:
+def _grid(grid: Sequence[int] | None, num_particles: int, how: How) -> list[int]:
+    most = num_particles - 1
+    if how.replicates is not None:
+        most, rest = divmod(num_particles, how.replicates)
+        if rest:
+            raise ValueError(
+                f"`num_particles` must be a multiple of {how.replicates} with Sobol points, best "
+                f"{how.replicates} times a power of two; got {num_particles}."
+            )
     if grid is None:
-        return sorted({size for size in GRID if size < num_particles} | {num_particles})
+        return sorted({size for size in GRID if size <= most} | {num_particles})
     if bad := [size for size in grid if not 1 <= size <= num_particles]:
         raise ValueError(f"`grid` must lie in 1..{num_particles}, the particles drawn; got {bad}.")
+    if how.replicates is not None and (bad := [k for k in grid if most < k < num_particles]):
+        raise ValueError(f"With Sobol points `grid` must lie in 1..{most}, or be K; got {bad}.")
     return sorted({*grid, num_particles})
 
 
 def _check_finite(model: Pair, per_datum: Any) -> None:
-    for name in {"bound", "exact"} & set(per_datum):
+    for name in {"bound", "bound_own", "exact"} & set(per_datum):
         rows = per_datum[name].values.reshape(-1, per_datum.sizes["datum"])
         bad = (~(rows < math.inf).all(0)).nonzero()[0]  # a density of zero, -inf, is none of these
         if len(bad):
@@ -138,155 +156,3 @@ def _check_finite(model: Pair, per_datum: Any) -> None:
                 f"data, the first is datum {bad[0]}. Look at that datum, and whether the model's "
                 "parameters are finite."
             )
-
-
-def measure_of(particles: Particles) -> tuple[str, int]:
-    """Whether p(x) is a probability (x discrete) or a density, and how many numbers x has."""
-    supports: list[Any] = [particles.model_sites[name].support for name in particles.observed]
-    found = {support.is_discrete for support in supports}
-    kind = "both" if len(found) > 1 else "probability" if found == {True} else "density"
-    numbers = sum(particles.values[name].numel() for name in particles.observed)
-    return kind, numbers // particles.shape[1]
-
-
-class _Passes:
-    """What is kept of the weights: a few numbers a datum, whatever K is."""
-
-    def __init__(self, sizes: list[int], with_parts: bool):
-        self.sizes, self.with_parts = sizes, with_parts
-        self.measure = ("", 0)
-        self.per_datum: list[dict[str, Tensor]] = []
-        self.unit_kl: dict[str, list[Tensor]] = {}
-        self.unit_means: dict[str, list[Tensor]] = {}
-
-    def run(
-        self,
-        model: Pair,
-        columns: Columns,
-        num_particles: int,
-        proposal: str,
-        speed: Speed,
-        progress: bool,
-    ) -> None:
-        from tqdm.auto import tqdm
-
-        blocks = weigh(model, columns, num_particles, proposal, speed, whole=self._whole)
-        with tqdm(
-            total=len(columns), disable=not progress, desc=f"{model.name}, log p(x)", unit="datum"
-        ) as bar:
-            for rows, passes in blocks:
-                self._block(passes)
-                bar.update(rows.stop - rows.start)
-
-    @property
-    def _whole(self) -> int:
-        """Particles a datum that are wanted whole: the parts of a mixture are not the guide's."""
-        return PART_PARTICLES if self.with_parts else 0
-
-    def _block(self, passes: Iterable[tuple[Tensor, Particles | None]]) -> None:
-        weights = Weights(self.sizes[-1])
-        terms: dict[str, Tensor] = {}
-        kl: dict[str, Tensor] = {}
-        means: dict[str, Tensor] = {}
-        averaged = 0
-        for log_weights, particles in passes:
-            weights.add(log_weights)
-            if particles is not None and averaged < self._whole:  # sums, for these are large
-                self.measure = measure_of(particles)
-                _add(terms, particles.terms())
-                _add(kl, unit_kl(particles))
-                _add_halves(means, unit_mean(particles), averaged)
-                averaged += particles.shape[0]
-        row = bounds_of(weights.whole, self.sizes)
-        row |= {name: total / averaged for name, total in terms.items()}
-        self.per_datum.append({name: value.cpu() for name, value in row.items()})
-        for name, total in kl.items():
-            self.unit_kl.setdefault(name, []).append((total / averaged).cpu())
-        sizes = torch.tensor([(averaged + 1) // 2, averaged // 2])
-        for name, halves in means.items():
-            self.unit_means.setdefault(name, []).append(halves.cpu() / _like(sizes, halves))
-
-    def datasets(self, known: Tensor | None) -> tuple[Any, Any]:
-        """Per datum and per unit, as xarray Datasets."""
-        import xarray as xr
-
-        columns: dict[str, Any] = {}
-        for name in self.per_datum[0] if self.per_datum else ():
-            value = torch.cat([row[name] for row in self.per_datum], -1).double().numpy()
-            columns[name] = (("particles", "datum")[-value.ndim :], value)
-        if known is not None:
-            columns["exact"] = ("datum", known.double().cpu().numpy())
-        coords = {"particles": self.sizes} if self.per_datum else {}
-        units: dict[str, Any] = {}
-        for name, values in self.unit_kl.items():
-            kl = torch.cat(values).double()
-            units[f"KL[{name}]"] = (f"unit of {name}", kl.reshape(len(kl), -1).mean(0).numpy())
-        for name, values in self.unit_means.items():
-            halves = torch.cat(values, 1).double()
-            halves = halves.reshape(*halves.shape[:2], -1)
-            if halves.shape[1] > 1:
-                units[f"activity[{name}]"] = (f"unit of {name}", _covariance(*halves).numpy())
-        return xr.Dataset(columns, coords), xr.Dataset(units)
-
-
-def bounds_of(log_weights: Tensor, sizes: list[int]) -> dict[str, Tensor]:
-    """Bounds of each size with their errors, effective sample size and k-hat, by datum."""
-    weights = log_weights.double()
-    estimate, khat = bounds.psis(log_weights)
-    return {
-        "bound": torch.stack([bounds.iwae(weights, size) for size in sizes]),
-        "bound_se": torch.stack([bounds.iwae_standard_error(weights, size) for size in sizes]),
-        "ess": bounds.effective_sample_size(weights),
-        "khat": khat,
-        "psis": estimate,
-    }
-
-
-def _add(totals: dict[str, Any], values: dict[str, Tensor]) -> None:
-    """Add the sums over particles (dimension 0)."""
-    for name, value in values.items():
-        totals[name] = totals.get(name, 0.0) + value.sum(0)
-
-
-def _add_halves(totals: dict[str, Any], values: dict[str, Tensor], before: int) -> None:
-    """Add the sums over every other particle, (2, n, *event): two independent means of each."""
-    for name, value in values.items():
-        first, second = value[before % 2 :: 2].sum(0), value[1 - before % 2 :: 2].sum(0)
-        totals[name] = totals.get(name, 0.0) + torch.stack([first, second])
-
-
-def _like(sizes: Tensor, halves: Tensor) -> Tensor:
-    return sizes.reshape(-1, *[1] * (halves.dim() - 1))
-
-
-def _covariance(first: Tensor, second: Tensor) -> Tensor:
-    """Covariance over data of two independent estimates of E_q[u], in which their noise cancels.
-
-    A single particle has no second half (NaN): then the variance, noise and all.
-    """
-    second = first if bool(second.isnan().any()) else second
-    return ((first - first.mean(0)) * (second - second.mean(0))).sum(0) / (len(first) - 1)
-
-
-def unit_kl(particles: Particles) -> dict[str, Tensor]:
-    """log q - log p by unit of each guided latent whose q and p both factorise, (K, N, ...)."""
-    found = {name: particles.unit_kl(name) for name in _guided(particles)}
-    return {name: kl for name, kl in found.items() if kl is not None}
-
-
-def unit_mean(particles: Particles) -> dict[str, Tensor]:
-    """E_q[z | x] of each guided latent of floating point, (K, N, *event)."""
-    return {
-        name: guide_mean(particles, name)
-        for name in _guided(particles)
-        if particles.values[name].is_floating_point()
-    }
-
-
-def _guided(particles: Particles) -> list[str]:
-    """Latents of the model that the guide draws, but for those in a plate within the datum."""
-    return [
-        name
-        for name in particles.log_q
-        if name in particles.model_sites and particles.values[name].shape[:2] == particles.shape
-    ]

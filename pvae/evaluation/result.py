@@ -1,18 +1,23 @@
 """`Evaluation`: what one pass of importance sampling says of log p(x), as labelled arrays."""
 
 import math
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
 
 from pvae.bounds import khat_threshold
 from pvae.data import DataSpec
+from pvae.evaluation.agreement import estimate, mean_and_error, sentences
+from pvae.evaluation.comparable import check_checkable
+from pvae.evaluation.rows import COLUMNS, rows_of
 from pvae.inference_data import evaluation_to_datatree
 
 if TYPE_CHECKING:
     import pandas as pd
     import xarray as xr
 
-__all__ = ["Evaluation"]
+__all__ = ["Evaluation", "mean_and_error"]
 
 
 @dataclass(frozen=True)
@@ -26,14 +31,18 @@ class Evaluation:
         dimensions: numbers in one x, of all observed sites together.
         fingerprint: of the data's values; results are paired only where it is equal.
         num_particles: K; 0 where every latent is summed out and nothing is drawn.
-        proposal: "guide" or "prior".
+        proposal: where draws are from, such as "guide"; see `evaluate`.
         per_datum: xarray Dataset over `datum`: `bound` and `bound_se` (standard error over draws)
             over `particles`, the grid of K; `khat`; `ess`; `psis`, the estimate from smoothed
-            weights; terms such as `KL[z]`; and `exact`, where log p(x) is known.
+            weights; `cubo`, an upper bound in the limit of draws; terms such as `KL[z]`; and
+            `exact`, where log p(x) is known. Where data have draws of their own number,
+            `draws`, and `bound_own` with `bound_own_se`, the bound from all of them.
         per_unit: xarray Dataset: `KL[z]` and `activity[z]`, the variance over data of E_q[z | x],
             for each unit of each guided latent.
         seconds: time it took.
         sampler: "particles" of importance sampling, or "chains" of annealing.
+        target_se: standard error over draws that was to be reached for each datum, in nats.
+        check: the evaluation that this one is `checked_by`.
     """
 
     model: str
@@ -47,6 +56,8 @@ class Evaluation:
     per_unit: "xr.Dataset"
     seconds: float
     sampler: Literal["particles", "chains"] = "particles"
+    target_se: float | None = None
+    check: "Evaluation | None" = None
 
     @property
     def is_exact(self) -> bool:
@@ -56,12 +67,22 @@ class Evaluation:
     @property
     def log_p(self) -> "xr.DataArray":
         """The best statement on log p(x) of each datum, (datum,): exact, or the largest L_K."""
-        return self.per_datum["exact"] if self.is_exact else self.per_datum["bound"][-1]
+        if self.is_exact:
+            return self.per_datum["exact"]
+        own = self.per_datum.get("bound_own")
+        return self.per_datum["bound"][-1] if own is None else own
 
     @property
     def kind(self) -> str:
         """What `log_p` is: "exact", or "lower bound L_K"."""
-        return "exact" if self.is_exact else f"lower bound {self._label(self.num_particles)}"
+        return "exact" if self.is_exact else f"lower bound {self._best}"
+
+    @property
+    def fails(self) -> "xr.DataArray":
+        """Whether k-hat of a datum is above the threshold of its K, (datum,); NaN is not good."""
+        sizes = self.per_datum.get("draws", [self.num_particles])
+        limits = np.array([khat_threshold(int(size)) for size in sizes])
+        return ~(self.per_datum["khat"] <= limits)
 
     @property
     def failing(self) -> float:
@@ -69,7 +90,14 @@ class Evaluation:
         khat = self.per_datum.get("khat")
         if khat is None or bool(khat.isnull().all()):
             return math.nan
-        return float((~(khat <= khat_threshold(self.num_particles))).mean())  # NaN is not good
+        return float(self.fails.mean())
+
+    @property
+    def not_reached(self) -> "np.ndarray[tuple[int], np.dtype[np.int64]]":
+        """Indices of data whose standard error over draws is above `target_se`, or unknown."""
+        if self.target_se is None:
+            return np.zeros(0, int)
+        return (~(np.asarray(estimate(self.per_datum)[1]) <= self.target_se)).nonzero()[0]
 
     @property
     def active_units(self) -> dict[str, int]:
@@ -79,6 +107,22 @@ class Evaluation:
             for name, value in self.per_unit.items()
             if str(name).startswith("activity[")
         }
+
+    def checked_by(self, other: "Evaluation") -> "Evaluation":
+        """The same evaluation, checked by one of the same model and data from other draws.
+
+        A guide that misses a mode of the posterior has good k-hats all the same. Another proposal,
+        "defensive" or `ais`, shows it: `summary` and `verdict` then say where it finds log p(x)
+        higher by more than four standard errors over draws of both, and what follows.
+
+        Args:
+            other: with at least two draws for each datum.
+
+        Raises:
+            ValueError: for another model, other data, or estimates without an error over draws.
+        """
+        check_checkable(self, other)
+        return replace(self, check=other)
 
     def summary(self, bits: bool = False) -> "pd.DataFrame":
         """Bounds, diagnostics and parts, one row each, as means over data.
@@ -92,103 +136,45 @@ class Evaluation:
         """
         import pandas as pd
 
-        unit = "bits per dimension" if bits else "nats per datum"
-        factor = 1 / (math.log(2) * self.dimensions) if bits else 1.0
-        rows = [
-            *self._bound_rows(factor, unit),
-            *self._diagnostic_rows(),
-            *self._part_rows(factor, unit),
-        ]
-        columns = ["", "value", "se (data)", "se (draws)", "unit", "what it is"]
-        table = pd.DataFrame(rows, columns=columns).set_index("")
+        table = pd.DataFrame(rows_of(self, bits), columns=COLUMNS).set_index("")
         table.attrs["data"] = self.spec.space()
         return table
-
-    def _bound_rows(self, factor: float, unit: str) -> list[tuple[Any, ...]]:
-        rows = []
-        if "bound" in self.per_datum:
-            for size in self.per_datum.particles.values:
-                bound = self.per_datum["bound"].sel(particles=size)
-                draws = self.per_datum["bound_se"].sel(particles=size)
-                error = float((draws**2).sum(skipna=False) ** 0.5 / len(draws))
-                mean, se = mean_and_error(bound)
-                rows.append(
-                    (
-                        self._label(size),
-                        factor * mean,
-                        factor * se,
-                        factor * error,
-                        unit,
-                        "lower bound",
-                    )
-                )
-        if "psis" in self.per_datum and not math.isnan(self.failing):
-            mean, se = mean_and_error(self.per_datum["psis"])
-            what = "estimate, largest weights smoothed (PSIS)"
-            rows.append(("PSIS", factor * mean, factor * se, math.nan, unit, what))
-        if self.is_exact:
-            mean, se = mean_and_error(self.per_datum["exact"])
-            rows.append(("log p(x)", factor * mean, factor * se, 0.0, unit, "exact"))
-        return rows
-
-    def _diagnostic_rows(self) -> list[tuple[Any, ...]]:
-        if "khat" not in self.per_datum:
-            return []
-        khat, ess = self.per_datum["khat"], self.per_datum["ess"]
-        rows = [("ESS", float(ess.median()), math.nan, math.nan, self.sampler, "median over data")]
-        if math.isnan(self.failing):
-            return rows
-        failing = f"share of data with k-hat above {khat_threshold(self.num_particles):.2f}"
-        return [
-            ("k-hat", float(khat.median()), math.nan, math.nan, "", "median over data"),
-            ("k-hat too high", 100 * self.failing, math.nan, math.nan, "%", failing),
-            *rows,
-        ]
-
-    def _part_rows(self, factor: float, unit: str) -> list[tuple[Any, ...]]:
-        rows: list[tuple[Any, ...]] = []
-        if "acceptance" in self.per_datum:
-            accepted = float(self.per_datum["acceptance"].mean())
-            what = "of proposals, mean over data"
-            rows.append(("acceptance", accepted, math.nan, math.nan, "", what))
-        for name in self.per_datum.data_vars:
-            if str(name).startswith(("KL[", "reconstruction[")):
-                mean, se = mean_and_error(self.per_datum[name])
-                row = (
-                    name,
-                    factor * mean,
-                    factor * se,
-                    math.nan,
-                    unit,
-                    "part of the ELBO, few draws",
-                )
-                rows.append(row)
-        for name, active in self.active_units.items():
-            total = self.per_unit[f"activity[{name}]"].size
-            what = f"of {total}: variance over data of E_q[{name} | x] > 0.01"
-            rows.append((f"active units of {name}", active, math.nan, math.nan, "units", what))
-        return rows
 
     def to_datatree(self) -> "xr.DataTree":
         """For ArviZ and netCDF; see `inference_data.evaluation_to_datatree`."""
         return evaluation_to_datatree(self)
 
     @property
+    def how(self) -> str:
+        """How log p(x) was found."""
+        if not self.num_particles:
+            return "log p(x) by summing out every latent"
+        proposal = self.proposal.replace("defensive", "defensive mixture")
+        fewest, most = self._sizes
+        number = f"{most}" if fewest == most else f"{fewest:,} to {most:,}"
+        return f"{number} {self.sampler} from the {proposal}"
+
+    @property
     def title(self) -> str:
         """One line: model, data, and how log p(x) was found."""
-        how = "log p(x) by summing out every latent"
-        if self.num_particles:
-            how = f"{self.num_particles} {self.sampler} from the {self.proposal}"
-        return f"{self.model} on {len(self.log_p)} data of {self.spec.space()}; {how}"
+        return f"{self.model} on {len(self.log_p)} data of {self.spec.space()}; {self.how}"
 
     @property
     def verdict(self) -> str:
-        """One sentence on what may be said of log p(x)."""
+        """What may be said of log p(x), in a sentence; and in more, what a check says of it."""
+        return " ".join([self._claim(), *sentences(self)])
+
+    def _claim(self) -> str:
         mean, se = mean_and_error(self.log_p)
         value = f"{mean:.2f}{'' if math.isnan(se) else f' +- {se:.2f}'} nats per datum"
         if self.is_exact:
             return f"log p(x) = {value}, exactly computed."
-        said = f"log p(x) >= {value} ({self._label(self.num_particles)}, in expectation)"
+        said = f"log p(x) >= {value} ({self._best}, in expectation)"
+        if len(self.not_reached):
+            said += (
+                f"; {len(self.not_reached)} of {self.log_p.size} data did not reach a standard "
+                f"error of {self.target_se:g} nats"
+            )
         if math.isnan(self.failing):
             return f"{said}; too few {self.sampler} for k-hat."
         if self.failing > 0:
@@ -198,7 +184,21 @@ class Evaluation:
             )
         return f"{said}; k-hat raises no doubt of the draws for any datum."
 
-    def _label(self, size: int) -> str:
+    @property
+    def _sizes(self) -> tuple[int, int]:
+        """The fewest draws and the most that a datum has."""
+        draws = self.per_datum.get("draws", np.array(self.num_particles))
+        return int(draws.min()), int(draws.max())
+
+    @property
+    def _best(self) -> str:
+        fewest, most = self._sizes
+        return (
+            self.label(most) if fewest == most else f"L_K, K by datum from {fewest:,} to {most:,}"
+        )
+
+    def label(self, size: int) -> str:
+        """What the bound of a number of draws is called."""
         if self.sampler == "chains":
             return f"AIS, {size} chain{'s' if size > 1 else ''}"
         return "ELBO" if size == 1 and self.proposal == "guide" else f"L_{size}"
@@ -210,11 +210,3 @@ class Evaluation:
     def _repr_html_(self) -> str:
         table = self.summary().to_html(float_format="{:.3f}".format, na_rep="")
         return f"<p>{self.title}</p>{table}<p>{self.verdict}</p>"
-
-
-def mean_and_error(values: "xr.DataArray") -> tuple[float, float]:
-    """Mean over data and its standard error, NaN for a single datum or an infinite mean."""
-    mean, size = float(values.mean()), values.size
-    if size == 1 or math.isinf(mean):
-        return mean, math.nan
-    return mean, float(values.std(ddof=1)) / math.sqrt(size)

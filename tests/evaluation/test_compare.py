@@ -1,52 +1,20 @@
 """Comparisons by hand, and what may not be compared."""
 
 import math
+from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
-import xarray as xr
 from pyro.distributions import Bernoulli, Normal
 
 import pvae
-from pvae import Evaluation, compare
-from pvae.data import Data, DataSpec, load_data
+from pvae import compare
+from pvae.data import DataSpec, load_data
+from tests.evaluation.by_hand import bound, exact
 from tests.exact import LinearGaussian
 
 TRUTH = LinearGaussian.drawn()
 X = TRUTH.sample(30)
-SPEC = Data.of(torch.zeros(4, 3)).spec
-
-
-def bound(*log_p: float, num_particles: int = 500, khat: float = 0.1, **changes) -> Evaluation:
-    """An evaluation whose largest bound is `log_p`."""
-    columns = {
-        "bound": (("particles", "datum"), [[value - 1 for value in log_p], list(log_p)]),
-        "khat": ("datum", np.full(len(log_p), khat)),
-    }
-    return evaluation(
-        xr.Dataset(columns, {"particles": [1, num_particles]}), num_particles, **changes
-    )
-
-
-def exact(*log_p: float, **changes) -> Evaluation:
-    return evaluation(xr.Dataset({"exact": ("datum", list(log_p))}), 0, **changes)
-
-
-def evaluation(per_datum: xr.Dataset, num_particles: int, **changes) -> Evaluation:
-    fields = {
-        "model": "model",
-        "spec": SPEC,
-        "measure": "probability",
-        "dimensions": 4,
-        "fingerprint": "of X",
-        "num_particles": num_particles,
-        "proposal": "guide",
-        "per_datum": per_datum,
-        "per_unit": xr.Dataset(),
-        "seconds": 0.0,
-    }
-    return Evaluation(**{**fields, **changes})
 
 
 def test_models_are_ranked_with_paired_differences():
@@ -84,15 +52,92 @@ def test_exact_values_and_bounds_are_told_apart():
     assert repr(mixed).endswith(f"Note: {mixed.caution}.")
     assert compare({"A": exact(-1.0, -2.0), "B": exact(-1.5, -2.5)}).caution == ""
     assert "Note" not in repr(compare({"A": exact(-1.0, -2.0)}))
+    assert compare({"A": bound(-1.0, -2.0), "B": bound(-1.5, -2.5, K=50)}).caution == ""
 
 
 def test_a_failing_khat_is_noted_where_it_matters():
     failing = compare({"A": bound(-1.0, -2.0, khat=0.9), "B": bound(-1.5, -2.5)})
     assert failing.table["k-hat too high (%)"].tolist() == [100, 0]
+    expected = ["lower bound L_500, doubted by k-hat", "lower bound L_500"]
+    assert failing.table["what it is"].tolist() == expected
     assert failing.caution == "where k-hat is too high, log p(x) may lie well above the bound"
     known = bound(-1.0, -2.0, khat=0.9)
     known.per_datum["exact"] = ("datum", [-1.0, -2.0])  # k-hat says nothing of an exact value
     assert compare({"A": known, "B": exact(-1.5, -2.5)}).caution == ""
+
+
+def test_a_bound_must_lead_an_exact_value_by_twice_its_error():
+    """By 0.1 in the mean, with a paired error of 0.1, and of 0.02 over draws for three data."""
+    low, high = (-10.0, -20.0, -30.0), (-9.7, -20.0, -30.0)
+    unsure = compare({"bound": bound(*high), "exact": exact(*low)})
+    assert list(unsure.table.index) == ["exact", "bound"]
+    assert unsure.table["difference"].tolist() == pytest.approx([0, 0.1])
+    assert unsure.table.loc["bound", "se of difference"] == pytest.approx(0.1)
+    sure = compare({"exact": exact(*low), "bound": bound(-9.7, -19.7, -29.8, se=0.1)})
+    assert list(sure.table.index) == ["bound", "exact"]
+    noisy = compare({"exact": exact(*low), "bound": bound(-9.7, -19.7, -29.8, se=0.3)})
+    assert list(noisy.table.index) == ["exact", "bound"]  # 0.27 by draws with an error of 0.17
+
+
+def test_an_exact_value_passes_every_bound_that_is_not_sure():
+    exacts = {"E": exact(-10.0, -20.0), "F": exact(-10.1, -20.1)}
+    bounds = {
+        "best": bound(-5.0, -15.0),
+        "A": bound(-9.9, -19.9, se=0.2),
+        "B": bound(-9.95, -19.95, se=0.2),
+        "worst": bound(-11.0, -21.0),
+    }
+    assert list(compare(bounds | exacts).table.index) == ["best", "E", "F", "A", "B", "worst"]
+
+
+def test_a_single_datum_has_the_error_of_its_draws():
+    for se, order in ((0.1, ["bound", "exact"]), (0.3, ["exact", "bound"])):
+        ranked = compare({"bound": bound(-4.5, se=se), "exact": exact(-5.0)}).table
+        assert list(ranked.index) == order
+    unknown = compare({"bound": bound(-4.5, se=math.nan), "exact": exact(-5.0)}).table
+    assert list(unknown.index) == ["exact", "bound"]
+
+
+def test_bits_per_dimension_are_nats_over_log_two_and_the_dimensions():
+    results = {"A": bound(-8.0, -18.0, -28.0), "B": exact(-9.0, -20.0, -31.0)}
+    nats, bits = compare(results), compare(results, bits=True)
+    columns = ["log p(x)", "se", "difference", "se of difference"]
+    factor = 3 * math.log(2)
+    assert (bits.table[columns] * factor).to_numpy() == pytest.approx(
+        nats.table[columns].to_numpy()
+    )
+    assert (nats.unit, bits.unit) == ("nats per datum", "bits per dimension")
+    assert bits.table.index.tolist() == nats.table.index.tolist()
+    for text in (repr(bits), bits._repr_html_()):
+        assert "log p(x), bits per dimension, 3 data of tensor" in text
+        assert "-8.6562" in text  # -18 nats
+
+
+def test_evaluations_of_one_model_that_disagree_are_told():
+    guide, ais = bound(-5.0, -6.0, -7.0), bound(-4.0, -5.0, -7.0, proposal="prior, annealed")
+    told = (
+        "if they are of one model, disagree beyond error: the latter puts log p(x) lower for 2 of "
+        "3 data (by 1.00 nats), and of the two bounds the lower is loose"
+    )
+    assert compare({"guide": guide, "AIS": ais}).caution == f"'AIS' and 'guide', {told}"
+    assert compare({"checked": guide.checked_by(ais)}).caution == (
+        "'checked' and its check disagree beyond error: the latter puts log p(x) higher for 2 of 3 "
+        "data (by 1.00 nats), and of the two bounds the lower is loose"
+    )
+    agreeing = bound(-5.1, -6.0, -7.1, proposal="prior, annealed")
+    assert compare({"guide": guide, "AIS": agreeing}).caution == ""
+    assert compare({"checked": guide.checked_by(agreeing)}).caution == ""
+
+
+def test_evaluations_of_two_models_may_disagree():
+    guide, better = bound(-5.0, -6.0), bound(-4.0, -5.0, proposal="prior")
+    assert compare({"A": guide, "B": replace(better, model="another")}).caution == ""
+    assert compare({"A": guide, "B": replace(better, proposal="guide")}).caution == ""
+    known = [
+        replace(result, per_datum=result.per_datum.assign(exact=("datum", value)))
+        for result, value in ((guide, [-5.0, -6.0]), (better, [-4.0, -5.0]))
+    ]
+    assert compare({"A": known[0], "B": known[1]}).caution == ""
 
 
 def test_evaluations_of_models_compare():
@@ -105,7 +150,8 @@ def test_evaluations_of_models_compare():
     comparison = compare(results)
     table = comparison.table
     assert list(table.index) == ["truth", "its bound", "poor VAE"]
-    assert table["what it is"].tolist() == ["exact", "lower bound L_2", "lower bound L_30"]
+    expected = ["exact", "lower bound L_2", "lower bound L_30, doubted by k-hat"]
+    assert table["what it is"].tolist() == expected
     by_hand = results["poor VAE"].per_datum["bound"][-1].values - TRUTH.log_prob(X).numpy()
     assert table.loc["poor VAE", "difference"] == pytest.approx(by_hand.mean())
     assert table.loc["poor VAE", "se of difference"] == pytest.approx(by_hand.std(ddof=1) / 30**0.5)
@@ -163,6 +209,38 @@ def test_any_other_space_is_refused(changes):
     one = exact(-1.0, spec=space())
     with pytest.raises(ValueError, match=r"'A' and 'C' cannot be compared: .*observation spaces"):
         compare({"A": one, "B": one, "C": exact(-1.0, spec=space(**changes))})
+
+
+def test_slices_without_a_specification_are_told_of_subset():
+    test = load_data("digits").test
+    model = pvae.models.mixture_of_bernoullis(64, 2)
+    whole, slice_ = (pvae.evaluate(model, x) for x in (test.subset(slice(20)), test[:20]))
+    match = r"A slice such as `digits.test\[:100\]` is bare values, .*\.subset\(slice\(100\)\)`"
+    for results in ({"A": whole, "B": slice_}, {"A": slice_, "B": whole}):
+        with pytest.raises(ValueError, match=match):
+            compare(results)
+    with pytest.raises(ValueError, match="Probabilities of bits and densities of grey levels"):
+        compare({"A": exact(-1.0, spec=space()), "B": exact(-1.0, spec=space(seed=1))})
+
+
+def test_models_that_observe_different_columns_are_refused():
+    x, y = torch.rand(20, 6).round(), torch.rand(20, 3).round()
+    both = pvae.LatentModel(
+        z=pvae.Latent(Normal, 2),
+        x=pvae.Observed(Bernoulli, 6, given="z", net=pvae.nets.Linear()),
+        y=pvae.Observed(Bernoulli, 3, given="z", net=pvae.nets.Linear()),
+    )
+    given = pvae.LatentModel(
+        y=pvae.Given(3),
+        z=pvae.Latent(Normal, 2),
+        x=pvae.Observed(Bernoulli, 6, given=("z", "y"), net=pvae.nets.Linear()),
+    )
+    results = {
+        name: pvae.evaluate(model, {"x": x, "y": y}, num_particles=2)
+        for name, model in {"p(x, y)": both, "p(x | y)": given}.items()
+    }
+    with pytest.raises(ValueError, match=r"p\(x\) is of 9 numbers a datum under the one and of 6"):
+        compare(results)
 
 
 def test_other_data_of_the_same_space_are_refused():

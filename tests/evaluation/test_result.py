@@ -1,12 +1,16 @@
 """What an evaluation says: bounds with their standard errors, and in words."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
+import pytest
 import torch
+import xarray as xr
 from pyro.distributions import Bernoulli, Normal
 
 import pvae
+from tests.evaluation.by_hand import adaptive, bound, exact
 from tests.exact import LinearGaussian
 
 TRUTH = LinearGaussian.drawn()
@@ -66,6 +70,116 @@ def test_a_datum_without_khat_is_not_counted_as_good():
     assert result.failing == 0.25
 
 
+# ------------------------------------------------------------------------------ CUBO
+
+
+def test_cubo_is_half_the_log_of_the_second_moment_of_the_weights():
+    x, pair = TRUTH.sample(20), TRUTH.pair(spread=2.0)
+    result = pvae.evaluate(pair, x, num_particles=400, seed=5)
+    w = pvae.log_weights(pair, x, num_particles=400, seed=5).numpy()
+    expected = np.log((np.exp(w - w.max(0)) ** 2).mean(0)) / 2 + w.max(0)
+    np.testing.assert_allclose(result.per_datum["cubo"], expected, rtol=1e-12)
+    assert result.summary().loc["CUBO", "value"] == pytest.approx(expected.mean())
+    # a broad guide has bounded weights: the upper bound is one, and says so of all data
+    assert (result.per_datum["cubo"] > TRUTH.log_prob(x).numpy()).all()
+    assert result.summary().loc["CUBO", "what it is"] == CUBO.format(0)
+
+
+CUBO = (
+    "upper bound in the limit of draws, its estimate errs downward; says nothing for {} % of data "
+    "(k-hat > 0.5: second moment infinite)"
+)
+
+
+def test_cubo_says_where_the_second_moment_of_the_weights_is_infinite():
+    """q narrower than the posterior by over sqrt(2): the integral of p^2 / q diverges."""
+    result = pvae.evaluate(TRUTH.pair(spread=0.3), TRUTH.sample(40), num_particles=1000)
+    above = float((result.per_datum["khat"] > 0.5).mean())
+    assert above > 0.9
+    assert result.summary().loc["CUBO", "what it is"] == CUBO.format(f"{100 * above:.3g}")
+    result.per_datum["khat"][:] = [0.4, 0.6, math.inf, math.nan] * 10  # NaN is not good
+    assert result.summary().loc["CUBO", "what it is"] == CUBO.format(75)
+
+
+def test_cubo_of_few_draws_or_none_is_told_as_that():
+    few = pvae.evaluate(TRUTH.pair(spread=2.0), TRUTH.sample(5), num_particles=20).summary()
+    assert few.loc["CUBO", "what it is"].endswith(
+        "; too few draws for k-hat to tell where it says nothing"
+    )
+    assert "CUBO" not in exact(-1.0, -2.0).summary().index
+
+
+# ------------------------------------------------------------------------------ draws by datum
+
+DRAWS = adaptive(
+    [-4.0, -5.0, -6.0, -7.0],
+    [0.04, 0.05, 0.06, math.nan],
+    [1000, 1000, 4000, 64_000],
+    khat=np.array([0.6, 0.68, 0.68, 0.1]),
+    target_se=0.05,
+)
+
+
+def test_log_p_is_the_bound_from_all_draws_of_each_datum():
+    assert DRAWS.log_p.values.tolist() == [-4.0, -5.0, -6.0, -7.0]
+    assert DRAWS.kind == "lower bound L_K, K by datum from 1,000 to 64,000"
+    assert DRAWS.title.endswith("; 1,000 to 64,000 particles from the guide")
+    known = DRAWS.per_datum.assign(exact=("datum", [-3.0, -3.0, -3.0, -3.0]))
+    assert replace(DRAWS, per_datum=known).log_p.values.tolist() == 4 * [-3.0]
+
+
+def test_each_khat_is_held_against_the_threshold_of_its_own_draws():
+    """1 - 1 / log10(1000) = 0.667 and 1 - 1 / log10(4000) = 0.722, at most 0.7."""
+    assert DRAWS.fails.values.tolist() == [False, True, False, False]
+    assert DRAWS.failing == 0.25
+    assert bound(-4.0, -5.0, K=1000, khat=np.array([0.6, 0.68])).failing == 0.5
+
+
+def test_data_that_did_not_reach_the_target_are_told():
+    assert DRAWS.not_reached.tolist() == [2, 3]
+    assert "; 2 of 4 data did not reach a standard error of 0.05 nats; k-hat" in DRAWS.verdict
+    assert replace(DRAWS, target_se=None).not_reached.tolist() == []
+    all_of_them = replace(bound(-4.0, -5.0, se=0.01), target_se=0.05)
+    assert all_of_them.not_reached.tolist() == []
+    assert "did not reach" not in all_of_them.verdict
+
+
+def test_the_summary_of_draws_by_datum():
+    table = DRAWS.summary()
+    assert list(table.index) == [
+        "ELBO",
+        "L_1000",
+        "L_K",
+        "draws",
+        "target not reached",
+        "k-hat",
+        "k-hat too high",
+        "ESS",
+    ]
+    assert table.loc["L_K", "value"] == -5.5
+    assert table.loc["draws", ["value", "unit"]].tolist() == [2500, "particles"]
+    assert table.loc["draws", "what it is"] == "median over data; most: 64,000"
+    assert table.loc["target not reached", ["value", "unit"]].tolist() == [2, "data"]
+    assert table.loc["target not reached", "what it is"] == "of 4: se over draws above 0.05 nats"
+    assert table.loc["k-hat too high", "what it is"].endswith("k-hat above that of its own K")
+    known = adaptive([-4.0, -5.0], [0.3, 0.4], [1000, 2000]).summary()
+    assert known.loc["L_K", "se (draws)"] == pytest.approx(0.25)
+    assert "target not reached" not in known.index
+
+
+def test_equal_numbers_of_draws_are_one_number():
+    same = adaptive([-4.0, -5.0], [0.1, 0.1], [1000, 1000])
+    assert same.kind == "lower bound L_1000"
+    assert same.title.endswith("; 1000 particles from the guide")
+
+
+def test_draws_by_datum_are_kept_in_netcdf(tmp_path):
+    DRAWS.to_datatree().to_netcdf(tmp_path / "draws.nc")
+    with xr.open_datatree(tmp_path / "draws.nc") as tree:
+        assert tree.attrs["log_p"] == DRAWS.kind
+        xr.testing.assert_identical(tree["per_datum"].to_dataset().load(), DRAWS.per_datum)
+
+
 # ------------------------------------------------------------------------------ what is printed
 
 
@@ -78,6 +192,7 @@ def test_the_summary_says_what_each_number_is():
         "L_5",
         "L_50",
         "PSIS",
+        "CUBO",
         "log p(x)",
         "k-hat",
         "k-hat too high",
@@ -87,7 +202,8 @@ def test_the_summary_says_what_each_number_is():
         "active units of z",
     ]
     psis = "estimate, largest weights smoothed (PSIS)"
-    assert table["what it is"].tolist()[:5] == 3 * ["lower bound"] + [psis, "exact"]
+    assert table["what it is"].tolist()[:4] == 3 * ["lower bound"] + [psis]
+    assert table.loc["log p(x)", "what it is"] == "exact"
     assert table.loc["k-hat too high", "what it is"] == "share of data with k-hat above 0.41"
     assert table.loc["ESS", "value"] == float(result.per_datum["ess"].median())
     assert table.attrs["data"] == "tensor, values as given, 5 dimensions"
