@@ -276,7 +276,8 @@ def psis(log_weights: Tensor) -> tuple[Tensor, Tensor]:
     khat[beyond & some] = math.inf
     fits = (spread > 0) & some & ~beyond
     if fits.any():
-        smoothed, khat[fits] = array_stats.psislw(-largest[fits], axis=1, r_eff=r_eff)
+        with np.errstate(over="ignore"):  # of a k-hat in the hundreds; the largest weight stays
+            smoothed, khat[fits] = array_stats.psislw(-largest[fits], axis=1, r_eff=r_eff)
         estimate[torch.as_tensor(fits)] = torch.as_tensor(
             _log_mean(whole[fits], largest[fits], smoothed)
         )

@@ -316,3 +316,12 @@ def test_psis_estimates_log_p_with_less_noise_than_the_bound_has_where_khat_is_g
 def test_psis_is_the_bound_where_there_is_no_tail():
     for log_w in (torch.randn(20, 3), torch.full((200, 3), 5.0), torch.eye(200)[:, :3] * 1e4):
         assert_close(bounds.psis(log_w)[0], bounds.iwae(log_w).double())
+
+
+def test_a_tail_hundreds_of_nats_wide_has_a_khat_and_an_estimate():
+    """ArviZ's quantiles overflow there; no smoothed weight is above the largest."""
+    low, high = torch.linspace(-599.0, -580.0, 170), torch.linspace(-2.0, 0.0, 30)
+    log_w = torch.cat([low, high]).double().unsqueeze(1)
+    estimate, khat = bounds.psis(log_w)
+    assert khat > 100
+    assert -math.log(200) < estimate < math.log(42 / 200)  # of a tail of 42
