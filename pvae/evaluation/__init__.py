@@ -2,6 +2,7 @@
 
 pair, data  --evaluate, ais-->  Evaluation;    {name: Evaluation}  --compare-->  Comparison
 pair, data  --collapse-->  Collapse: what the guide's latents tell of x
+pair, data  --gaps-->  Gaps: what of the ELBO the guide's family loses, and what its network
 pair        --sandwich-->  Sandwich: both bounds, on data of the pair's own
 """
 
@@ -9,6 +10,7 @@ from pvae.evaluation.ais import ais
 from pvae.evaluation.collapse import Collapse, collapse
 from pvae.evaluation.compare import Comparison, compare
 from pvae.evaluation.evaluate import evaluate
+from pvae.evaluation.gaps import Gaps, gaps
 from pvae.evaluation.result import Evaluation
 from pvae.evaluation.sandwich import Sandwich, sandwich
 
@@ -16,10 +18,12 @@ __all__ = [
     "Collapse",
     "Comparison",
     "Evaluation",
+    "Gaps",
     "Sandwich",
     "ais",
     "collapse",
     "compare",
     "evaluate",
+    "gaps",
     "sandwich",
 ]
