@@ -9,7 +9,6 @@ download. Addresses and checksums are torchvision's.
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from http.client import HTTPException
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -85,7 +84,7 @@ def _download(root: Path, archive: Archive) -> list[str]:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 os.replace(Path(beside, path.name), path)
             return []
-        except (OSError, RuntimeError, HTTPException) as error:
+        except Exception as error:  # HTTP's, the disk's, torchvision's, Google Drive's
             failures.append(f"{url}: {error}")
     return failures
 

@@ -5,22 +5,23 @@
 Where a split is resampled, `values` are the source's grey levels in [0, 1] and every batch draws
 anew: a Bernoulli bit per grey level (dynamic binarisation, Salakhutdinov & Murray 2008; Burda,
 Grosse & Salakhutdinov 2016), or uniform noise within each level (dequantisation, Uria, Murray &
-Larochelle 2013; Theis, van den Oord & Bethge 2016). Otherwise `values` are what is observed.
+Larochelle 2013; Theis, van den Oord & Bethge 2016), then standardised where the specification says
+so. Otherwise `values` are what is observed.
 """
 
 import hashlib
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from pvae.data.rows import Rows, read_rows
 from pvae.data.spec import DataSpec, local_generator
 
-__all__ = ["Data"]
+__all__ = ["Data", "image_shape_of", "observe"]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -38,6 +39,8 @@ class Data(Dataset[Tensor]):
     labels: Tensor | None
     spec: DataSpec
     resampled: bool = False
+    # Made once, so that a step which draws noise finds them on its device.
+    _affine: tuple[Tensor, Tensor] | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         events, labels = tuple(self.values.shape[1:]), self.labels
@@ -51,33 +54,53 @@ class Data(Dataset[Tensor]):
                 f"Data {self.spec.name!r} must have a label for each of its {len(self.values)} "
                 f"rows, got labels of shape {tuple(labels.shape)}."
             )
+        if self.resampled and self.spec.scale:
+            object.__setattr__(self, "_affine", self.spec.affine(self.values))
 
     @classmethod
-    def of(cls, data: Any, name: str = "tensor") -> "Data":
-        """Wrap a tensor, a NumPy array or anything `numpy.asarray` reads; a `Data` stays as it is.
+    def of(cls, data: Any, name: str | None = None) -> "Data":
+        """Wrap what holds data, whole; a `Data` stays as it is.
 
-        Values become float32, or stay float64. Each entry along the first dimension is a datum.
+        A tensor, a NumPy array or anything `numpy.asarray` reads; a pandas frame, whose column
+        "label" becomes the labels; the path of an .npy, .npz, .csv or .parquet file or of a folder
+        of images; a torch `Dataset` of a known length, or a `DataLoader`, of tensors or of pairs of
+        one and its label. Values become float32, or stay float64; those of an .npy file are mapped
+        into memory, not read, where they are such numbers. Each entry along the first dimension is
+        a datum.
 
         Raises:
             TypeError: if the values are no real numbers.
-            ValueError: if there is no datum, or a value is NaN or infinite.
+            ValueError: if there is no datum, a value is NaN or infinite, or a file is damaged.
+            FileNotFoundError: if there is no such file.
         """
         if isinstance(data, Data):
             return data
-        if hasattr(data, "train"):
-            raise TypeError(f"Data {name!r} are splits: pass one of them, such as `.train`.")
-        values = _real_tensor(data, name)
+        if getattr(data, "_fields", None) == ("train", "valid", "test"):
+            raise TypeError(
+                f"Data {name or 'tensor'!r} are splits: pass one of them, such as `.train`."
+            )
+        rows = read_rows(data, name)
+        if not isinstance(rows, Rows):
+            raise TypeError(
+                f"{str(data)!r} holds splits: load it by `load_data`, and pass one of them, such "
+                "as `.train`."
+            )
+        return cls.from_rows(rows)
+
+    @classmethod
+    def from_rows(cls, rows: Rows, split: str = "all", seed: int = 0) -> "Data":
+        """What was read, as a split."""
         spec = DataSpec(
-            name=name,
-            split="all",
-            event_shape=tuple(values.shape[1:]),
-            image_shape=_image_shape(values.shape[1:]),
+            name=rows.name,
+            split=split,
+            event_shape=tuple(rows.values.shape[1:]),
+            image_shape=image_shape_of(rows.values.shape[1:]),
             binarisation="none",
             dequantisation="none",
-            levels=None,
-            seed=0,
+            levels=rows.levels,
+            seed=seed,
         )
-        return cls(values, None, spec)
+        return cls(rows.values, rows.labels, spec)
 
     def __len__(self) -> int:
         return len(self.values)
@@ -103,7 +126,14 @@ class Data(Dataset[Tensor]):
 
     def observed(self, values: Tensor) -> Tensor:
         """Rows of `values` as a model sees them; a fresh draw if `resampled`."""
-        return observe(values, torch.rand_like(values), self.spec) if self.resampled else values
+        return self._noisy(values, torch.rand_like(values)) if self.resampled else values
+
+    def _noisy(self, values: Tensor, uniform: Tensor) -> Tensor:
+        noisy = observe(values, uniform, self.spec)
+        if self._affine is None:
+            return noisy
+        location, scale = self._affine
+        return (noisy - location) / scale
 
     def realised(self) -> "Data":
         """The same split with its noise drawn once, by a local generator seeded by `spec.seed`.
@@ -114,7 +144,7 @@ class Data(Dataset[Tensor]):
             return self
         generator = local_generator(self.spec.seed, self.spec.split)
         uniform = torch.rand(self.values.shape, generator=generator, dtype=self.values.dtype)
-        values = observe(self.values, uniform.to(self.values.device), self.spec)
+        values = self._noisy(self.values, uniform.to(self.values.device))
         return replace(self, values=values, resampled=False)
 
     def to(self, device: torch.device | str) -> "Data":
@@ -143,7 +173,8 @@ class Data(Dataset[Tensor]):
 def observe(grey: Tensor, uniform: Tensor, spec: DataSpec) -> Tensor:
     """Turn grey levels in [0, 1] into observations by noise from U[0, 1), both of one shape.
 
-    Binarisation: 1 with probability `grey`. Dequantisation: (level + U) / levels, in [0, 1).
+    Binarisation: 1 with probability `grey`. Dequantisation: (level + U) / levels, in [0, 1), not
+    standardised yet.
     """
     if spec.dequantisation == "none" or spec.levels is None:
         return (uniform < grey).to(grey.dtype)
@@ -153,37 +184,7 @@ def observe(grey: Tensor, uniform: Tensor, spec: DataSpec) -> Tensor:
     return ((level + uniform) / spec.levels).clamp(max=below_one)
 
 
-def _real_tensor(data: Any, name: str) -> Tensor:
-    values = data.detach() if isinstance(data, Tensor) else _numpy_tensor(data, name)
-    if values.is_complex():
-        raise TypeError(f"Data {name!r} must be real numbers, got {values.dtype}.")
-    if values.ndim == 0 or values.numel() == 0:
-        raise ValueError(
-            f"Data {name!r} must have shape (N, *event) with N >= 1, got {tuple(values.shape)}."
-        )
-    if values.dtype != torch.float64:
-        values = values.to(torch.float32)
-    finite = values.reshape(len(values), -1).isfinite().all(dim=1)
-    if not finite.all():
-        first = int((~finite).nonzero()[0])
-        raise ValueError(
-            f"Data {name!r} has NaN or infinite values in {int((~finite).sum())} of {len(values)} "
-            f"rows, the first is row {first}. Drop or fill them in before loading."
-        )
-    return values
-
-
-def _numpy_tensor(data: Any, name: str) -> Tensor:
-    array = np.asarray(data)
-    if array.dtype.kind not in "biuf":
-        raise TypeError(
-            f"Data {name!r} must be a tensor or an array of real numbers, got "
-            f"{type(data).__name__} of dtype {array.dtype}."
-        )
-    return torch.from_numpy(array.astype(np.float64 if array.dtype == np.float64 else np.float32))
-
-
-def _image_shape(event_shape: torch.Size) -> tuple[int, ...] | None:
+def image_shape_of(event_shape: torch.Size) -> tuple[int, ...] | None:
     """(H, W), (1, H, W) as (H, W) and (3, H, W) are taken for images."""
     if len(event_shape) == 3 and event_shape[0] == 1:
         return tuple(event_shape[1:])

@@ -1,22 +1,27 @@
-"""`load_data`: a known name or an array of one's own -> train, valid and test, each a `Data`.
+"""`load_data`: a known name, or data of one's own -> train, valid and test, each a `Data`.
 
-source  --loader-->  grey levels in [0, 1]  --binarisation | dequantisation-->  Splits
+source  --reader-->  values  --binarisation | dequantisation-->  --standardisation-->  Splits
 """
 
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from pvae.data.archives import data_root
 from pvae.data.dataset import Data
-from pvae.data.sources import DATASETS, DatasetInfo
-from pvae.data.spec import DataSpec, check_noise, local_generator
+from pvae.data.files import SUFFIXES
+from pvae.data.record import DatasetInfo, TableInfo
+from pvae.data.rows import Rows, read_rows
+from pvae.data.sources import DATASETS
+from pvae.data.spec import check_noise, local_generator
+from pvae.data.standardise import standardised
+from pvae.data.tables import TABLES
 
 __all__ = ["Splits", "load_data"]
 
@@ -30,28 +35,35 @@ class Splits(NamedTuple):
 
 
 def load_data(
-    source: str | Tensor | np.ndarray | Sequence[Any] = "digits",
+    source: Any = "digits",
     *,
     binarisation: str | None = None,
     dequantisation: str = "none",
+    standardisation: str = "none",
     root: str | Path | None = None,
     flatten: bool = True,
     seed: int = 0,
 ) -> Splits:
-    """Load a data set by name, or split an array of shape (N, *event), into train, valid and test.
+    """Load a data set by name, or split one's own, into train, valid and test.
 
-    Known sets and their splits are in `pvae.data.DATASETS`: digits (embedded), mnist,
-    fashion-mnist, kmnist, emnist-letters, omniglot. An array's rows are permuted and parted in
-    80, 10 and 10 %.
+    Known sets and their splits are in `pvae.data.DATASETS`, images: digits (embedded), mnist,
+    fashion-mnist, kmnist, emnist-letters, omniglot, binarised-mnist, frey-faces, cifar10, svhn,
+    celeba; and in `pvae.data.TABLES`, offline: breast-cancer, wine, and, generated with known
+    density (`pvae.data.TOYS`), ring, two-moons, pinwheel, linear-gaussian.
+
+    One's own are a tensor, an array, a pandas frame, a `Dataset`, a `DataLoader`, or the path of an
+    .npy, .npz, .csv or .parquet file or of a folder of images; see `Data.of`. Rows are permuted and
+    parted in 80, 10 and 10 %, and gathered in memory; but arrays `train`, `valid` and `test` of an
+    .npz, and folders so named, are the splits.
 
     Binarisation, of values in [0, 1]:
         "dynamic": 1 with probability the grey level. Train is drawn anew for each batch, valid and
-            test once. The default for image sets, and the custom since Salakhutdinov & Murray 2008
-            and Burda, Grosse & Salakhutdinov 2016.
+            test once. The default for sets of grey images but faces, and the custom since
+            Salakhutdinov & Murray 2008 and Burda, Grosse & Salakhutdinov 2016.
         "fixed": train too is drawn once. Valid and test are those of "dynamic".
         "threshold": 1 where the grey level is above 1/2.
         "none": grey levels, level / (levels - 1). The default for arrays, which stay as they are,
-            and where dequantisation is asked for.
+            for faces and colours, and where dequantisation or standardisation is asked for.
 
     Dequantisation:
         "uniform": (level + U[0, 1)) / levels, in [0, 1) (Theis, van den Oord & Bethge 2016).
@@ -59,111 +71,158 @@ def load_data(
             this unit-scaled space; in the space of 0 to `levels` they are lower by
             dimensions * log(levels). Of arrays, those of dtype uint8 (256 levels) can be.
 
+    Standardisation:
+        "columns": each dimension minus its mean in train, divided by its deviation there, after
+            dequantisation; one that is constant in train is only centred.
+
+    What scaling does to a density is in `spec.log_jacobian`.
+
     Args:
-        source: a known name, or a tensor or array whose first dimension counts the data.
+        source: a known name, or data of one's own whose first dimension counts them.
         binarisation: see above.
         dequantisation: see above.
+        standardisation: see above.
         root: folder of the files; by default the environment's PVAE_DATA, else ~/.cache/pvae/data.
             Missing files are downloaded there; with all in place it is only read.
         flatten: make each datum a vector, as `MLP` takes it. Otherwise images are
-            (1, height, width), as `Conv` takes them, and arrays keep their shape.
-        seed: of the digits' and the arrays' split, and of all noise that is drawn once. The
-            caller's random state is not touched.
+            (colours, height, width), as `Conv` takes them, and arrays keep their shape.
+        seed: of splits that are made here, of generated data, and of all noise that is drawn once.
+            The caller's random state is not touched.
 
     Raises:
-        ValueError: if the name is unknown; if binarisation and dequantisation do not fit each
-            other or the values; if an array has NaN, infinity, or less than three rows; if a file
-            is damaged.
-        TypeError: if an array does not hold real numbers.
+        ValueError: if the name is unknown; if binarisation, dequantisation and standardisation do
+            not fit each other or the values; if data have NaN, infinity, or less than three rows;
+            if a file is damaged.
+        TypeError: if data are not real numbers.
         FileNotFoundError: if a file is missing and its download fails.
     """
+    info = _known(source)
     if binarisation is None:
-        is_named = isinstance(source, str)
-        binarisation = "dynamic" if is_named and dequantisation == "none" else "none"
-    check_noise(binarisation, dequantisation)
-    if isinstance(source, str):
-        splits = _known_splits(source, data_root(root), seed)
+        bits = isinstance(info, DatasetInfo) and info.binarised
+        plain = dequantisation == standardisation == "none"
+        binarisation = "dynamic" if bits and plain else "none"
+    check_noise(binarisation, dequantisation, standardisation)
+    if isinstance(info, DatasetInfo):
+        splits = _image_splits(str(source), info, data_root(root), seed)
+    elif isinstance(info, TableInfo):
+        splits = _table_splits(str(source), info, seed)
     else:
-        splits = _array_splits(source, binarisation, dequantisation, seed)
-    train, valid, test = (
+        splits = _own_splits(source, dequantisation, seed)
+    _check_range(splits, binarisation, dequantisation)
+    parts = [
         _with_noise(_flat(data) if flatten else data, binarisation, dequantisation)
         for data in splits
-    )
-    return Splits(train, valid, test)
+    ]
+    return Splits(*(standardised(parts) if standardisation == "columns" else parts))
 
 
-def _known_splits(name: str, root: Path, seed: int) -> Splits:
-    """The named set in grey levels, (N, 1, H, W) in [0, 1]."""
-    info = _known(name)
-    train, valid, test = (
-        Data(
-            (part.levels.unsqueeze(1) / (info.levels - 1)).contiguous(),
-            part.labels,
-            DataSpec(
-                name=name,
-                split=split,
-                event_shape=(1, *info.image_shape),
-                image_shape=info.image_shape,
-                binarisation="none",
-                dequantisation="none",
-                levels=info.levels,
-                seed=seed,
-            ),
-        )
-        for split, part in zip(Splits._fields, info.load(root, seed), strict=True)
-    )
-    return Splits(train, valid, test)
-
-
-def _known(name: str) -> DatasetInfo:
-    if name in DATASETS:
-        return DATASETS[name]
-    near = get_close_matches(name.lower(), DATASETS, cutoff=0.5)
+def _known(source: Any) -> DatasetInfo | TableInfo | None:
+    """The record of a name; None for data of one's own."""
+    if not isinstance(source, str):
+        return None
+    if source in DATASETS:
+        return DATASETS[source]
+    if source in TABLES:
+        return TABLES[source]
+    if os.sep in source or source.lower().endswith(SUFFIXES) or Path(source).exists():
+        return None
+    known = [*DATASETS, *TABLES]
+    near = get_close_matches(source.lower(), known, cutoff=0.5)
     hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
     raise ValueError(
-        f"Unknown data set {name!r}.{hint} Known: {', '.join(DATASETS)}. "
-        "For data of your own, pass the array instead of a name."
+        f"Unknown data set {source!r}.{hint} Known: {', '.join(known)}. "
+        "For data of your own, pass the array instead of a name, or the path of a file."
     )
 
 
-def _array_splits(source: Any, binarisation: str, dequantisation: str, seed: int) -> Splits:
-    """A user's array, its rows permuted and parted in 80, 10 and 10 %."""
+def _image_splits(name: str, info: DatasetInfo, root: Path, seed: int) -> Splits:
+    """The named set in grey levels, (N, 1, H, W) or (N, 3, H, W) in [0, 1]."""
+    parts = {}
+    for split, part in zip(Splits._fields, info.load(root, seed), strict=True):
+        levels = part.levels if part.levels.ndim == 4 else part.levels.unsqueeze(1)
+        grey = (levels / (info.levels - 1)).contiguous()
+        rows = Rows(grey, part.labels, name, "uint8", info.levels)
+        parts[split] = Data.from_rows(rows, split, seed)
+    return Splits(**parts)
+
+
+def _table_splits(name: str, info: TableInfo, seed: int) -> Splits:
+    values, labels = info.load(seed)
+    data = Data.from_rows(Rows(values, labels, name, str(values.dtype)), seed=seed)
+    return _parted(data, torch.arange(len(data)).split(info.splits))
+
+
+def _own_splits(source: Any, dequantisation: str, seed: int) -> Splits:
+    """A user's rows, permuted and parted in 80, 10 and 10 % unless they come in parts."""
     if isinstance(source, Data):
         raise TypeError("`load_data` splits arrays, got a Data. Pass its `values` to split those.")
-    data = Data.of(source)
-    values, spec = data.values, replace(data.spec, seed=seed)
-    if len(values) < 3:
+    rows = read_rows(source, seed=seed)
+    if not isinstance(rows, Rows):
+        return Splits(
+            **{
+                split: Data.from_rows(_grey(part, dequantisation), split, seed)
+                for split, part in rows.items()
+            }
+        )
+    count = len(rows.values)
+    if count < 3:
         raise ValueError(
-            f"An array needs three rows or more to be split, got {len(values)}. "
+            f"An array needs three rows or more to be split, got {count}. "
             "For a data set without splits use `Data.of(array)`."
         )
-    if binarisation != "none" and (values.min() < 0 or values.max() > 1):
+    order = torch.randperm(count, generator=local_generator(seed, "split"))
+    part = max(1, round(0.1 * count))
+    data = Data.from_rows(_grey(rows, dequantisation), seed=seed)
+    return _parted(data, order.split([count - 2 * part, part, part]))
+
+
+def _parted(data: Data, rows: Sequence[Tensor]) -> Splits:
+    parts = {
+        split: data.subset(index.to(data.values.device))
+        for split, index in zip(Splits._fields, rows, strict=True)
+    }
+    return Splits(
+        **{
+            split: replace(part, spec=replace(part.spec, split=split))
+            for split, part in parts.items()
+        }
+    )
+
+
+def _grey(rows: Rows, dequantisation: str) -> Rows:
+    """Bytes as grey levels in [0, 1], where they are to be dequantised."""
+    if dequantisation == "none" or rows.levels is not None:
+        return rows
+    if rows.dtype not in ("uint8", "torch.uint8"):
+        raise ValueError(
+            f"Uniform dequantisation of an array needs dtype uint8 (256 levels), got {rows.dtype}. "
+            "With other levels, dequantise before loading: (level + uniform) / levels."
+        )
+    return rows._replace(values=rows.values / 255, levels=256)
+
+
+def _check_range(splits: Splits, binarisation: str, dequantisation: str) -> None:
+    """Refuse to binarise bits or what is no probability, and to dequantise what has no levels."""
+    spec = splits.train.spec
+    if dequantisation != "none" and spec.levels is None:
+        raise ValueError(
+            f"dequantisation={dequantisation!r} needs grey levels, and {spec.name!r} has none: its "
+            "values are real numbers."
+        )
+    if binarisation == "none":
+        return
+    if spec.levels == 2:
+        raise ValueError(
+            f"{spec.name!r} is binary as published, got binarisation={binarisation!r}. Leave that "
+            "out."
+        )
+    lowest = min(float(data.values.min()) for data in splits)
+    highest = max(float(data.values.max()) for data in splits)
+    if lowest < 0 or highest > 1:
         raise ValueError(
             f"binarisation={binarisation!r} needs values in [0, 1], the array's go from "
-            f"{values.min():g} to {values.max():g}. Grey levels? Divide by the highest level first."
+            f"{lowest:g} to {highest:g}. Grey levels? Divide by the highest level first."
         )
-    if dequantisation == "uniform":
-        values = _unit_scaled(values, getattr(source, "dtype", None))
-        spec = replace(spec, levels=256)
-    order = torch.randperm(len(values), generator=local_generator(seed, "split"))
-    part = max(1, round(0.1 * len(values)))
-    train, valid, test = (
-        Data(values[rows.to(values.device)], None, replace(spec, split=split))
-        for split, rows in zip(
-            Splits._fields, order.split([len(order) - 2 * part, part, part]), strict=True
-        )
-    )
-    return Splits(train, valid, test)
-
-
-def _unit_scaled(values: Tensor, dtype: Any) -> Tensor:
-    """Grey levels 0 to 255 as [0, 1]."""
-    if str(dtype) not in ("uint8", "torch.uint8"):
-        raise ValueError(
-            f"Uniform dequantisation of an array needs dtype uint8 (256 levels), got {dtype}. With "
-            "other levels, dequantise before loading: (level + uniform) / levels."
-        )
-    return values / 255
 
 
 def _flat(data: Data) -> Data:

@@ -1,24 +1,25 @@
-"""The known data sets, each with a record (`DATASETS`) and a loader function.
+"""The known sets of images, each with a record (`DATASETS`) and a loader function.
 
     loader(root, seed)  ->  train, valid, test as (levels, labels): (N, H, W) uint8 and (N,) int64
 
-Adding a set adds a loader and its record, and edits none.
+Adding a set adds a loader and its record, and edits none. Loaders of grey images are here; those in
+colours are in `colours.py`, and those of files that nobody serves are in `local.py`.
 """
 
 import gzip
 import io
 import zipfile
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from pvae.data.archives import Archive, fetch, parse_idx
+from pvae.data.colours import COLOURS
+from pvae.data.local import LOCAL
+from pvae.data.record import HOLD_OUT, DatasetInfo, Grey, Parts, hold_out
 from pvae.data.spec import local_generator
 
 __all__ = ["DATASETS", "DatasetInfo", "Grey"]
@@ -29,45 +30,6 @@ MNIST_FILES = (
     "t10k-images-idx3-ubyte",
     "t10k-labels-idx1-ubyte",
 )
-
-
-class Grey(NamedTuple):
-    """One split as published: grey levels (N, H, W) uint8 with ink high, and labels (N,) int64."""
-
-    levels: Tensor
-    labels: Tensor
-
-
-Parts = tuple[Grey, Grey, Grey]
-
-
-@dataclass(frozen=True)
-class DatasetInfo:
-    """What `pvae data` says of a set.
-
-    Attributes:
-        title: its name in words.
-        splits: numbers of images to train, validate and test.
-        image_shape: (height, width).
-        levels: number of grey levels.
-        split_rule: how the splits are made.
-        source: who published it.
-        files: what must lie below the root, in torchvision's layout; none if it is embedded.
-    """
-
-    title: str
-    splits: tuple[int, int, int]
-    image_shape: tuple[int, int]
-    levels: int
-    split_rule: str
-    source: str
-    files: tuple[str, ...]
-    load: Callable[[Path, int], Parts] = field(repr=False)
-
-    @property
-    def num_images(self) -> int:
-        """Of all splits together."""
-        return sum(self.splits)
 
 
 def load_digits(root: Path, seed: int) -> Parts:
@@ -130,24 +92,21 @@ def load_omniglot(root: Path, seed: int) -> Parts:
         Archive(f"{folder}/{name}.zip", (f"{url}/{name}.zip",), Omniglot.zips_md5[name])
         for name in ("images_background", "images_evaluation")
     ]
-    (background, drawer), (evaluation, _) = map(_read_drawings, fetch(root, archives))
+    (drawings, characters, drawer), (*evaluation, _) = map(_read_drawings, fetch(root, archives))
     train, valid = (
-        Grey(background.levels[chosen], background.labels[chosen])
-        for chosen in (drawer <= 18, drawer > 18)
+        Grey(drawings[chosen], characters[chosen]) for chosen in (drawer <= 18, drawer > 18)
     )
-    return train, valid, evaluation
+    return train, valid, Grey(*evaluation)
 
 
 def _hold_out(files: list[Tensor]) -> Parts:
     """Train and test as published; valid is the last of train, as large as test."""
     images, labels, test_images, test_labels = files
-    labels, test_labels = labels.long(), test_labels.long()
-    kept = len(images) - len(test_images)
-    train, valid = Grey(images[:kept], labels[:kept]), Grey(images[kept:], labels[kept:])
-    return train, valid, Grey(test_images, test_labels)
+    train, test = Grey(images, labels.long()), Grey(test_images, test_labels.long())
+    return hold_out(train, test, len(test_images))
 
 
-def _read_drawings(path: Path) -> tuple[Grey, Tensor]:
+def _read_drawings(path: Path) -> tuple[Tensor, Tensor, Tensor]:
     """All drawings of an archive, named ".../0709_01.png": character 709 by drawer 1."""
     from PIL import Image
 
@@ -158,10 +117,7 @@ def _read_drawings(path: Path) -> tuple[Grey, Tensor]:
             paper = Image.open(io.BytesIO(archive.read(name))).convert("L")
             images.append(255 - np.asarray(paper.resize((28, 28), Image.Resampling.BOX)))
     numbers = torch.tensor([[int(n) for n in Path(name).stem.split("_")] for name in names])
-    return Grey(torch.from_numpy(np.stack(images)), numbers[:, 0] - 1), numbers[:, 1]
-
-
-HOLD_OUT = "test as published; valid is the last of the published train, as large as test"
+    return torch.from_numpy(np.stack(images)), numbers[:, 0] - 1, numbers[:, 1]
 
 
 def _mnist_like(title: str, torchvision_name: str, source: str) -> DatasetInfo:
@@ -177,53 +133,57 @@ def _mnist_like(title: str, torchvision_name: str, source: str) -> DatasetInfo:
     )
 
 
-DATASETS: dict[str, DatasetInfo] = {
-    "digits": DatasetInfo(
-        title="Handwritten digits, embedded in scikit-learn",
-        splits=(1257, 180, 360),
-        image_shape=(8, 8),
-        levels=17,
-        split_rule="a random permutation, drawn from the seed",
-        source="Alpaydin & Kaynak 1998, UCI Optical Recognition of Handwritten Digits",
-        files=(),
-        load=load_digits,
-    ),
-    "mnist": _mnist_like(
-        "Handwritten digits",
-        "MNIST",
-        "LeCun, Bottou, Bengio & Haffner 1998, Gradient-based learning applied to documents",
-    ),
-    "fashion-mnist": _mnist_like(
-        "Articles of clothing",
-        "FashionMNIST",
-        "Xiao, Rasul & Vollgraf 2017, Fashion-MNIST: a novel image dataset",
-    ),
-    "kmnist": _mnist_like(
-        "Cursive Japanese characters",
-        "KMNIST",
-        "Clanuwat et al. 2018, Deep learning for classical Japanese literature",
-    ),
-    "emnist-letters": DatasetInfo(
-        title="Handwritten letters, cases merged",
-        splits=(104_000, 20_800, 20_800),
-        image_shape=(28, 28),
-        levels=256,
-        split_rule=HOLD_OUT,
-        source="Cohen, Afshar, Tapson & van Schaik 2017, EMNIST: extending MNIST to letters",
-        files=("EMNIST/raw/gzip.zip",),
-        load=load_emnist_letters,
-    ),
-    "omniglot": DatasetInfo(
-        title="Characters of 50 alphabets, 20 drawings each, averaged down to 28 x 28",
-        splits=(17_352, 1_928, 13_180),
-        image_shape=(28, 28),
-        levels=256,
-        split_rule=(
-            "test is the evaluation alphabets; valid is drawings 19 and 20 of each background "
-            "character. Not the split of the IWAE paper: figures are not comparable to its"
+DATASETS: dict[str, DatasetInfo] = (
+    {
+        "digits": DatasetInfo(
+            title="Handwritten digits, embedded in scikit-learn",
+            splits=(1257, 180, 360),
+            image_shape=(8, 8),
+            levels=17,
+            split_rule="a random permutation, drawn from the seed",
+            source="Alpaydin & Kaynak 1998, UCI Optical Recognition of Handwritten Digits",
+            files=(),
+            load=load_digits,
         ),
-        source="Lake, Salakhutdinov & Tenenbaum 2015, Human-level concept learning",
-        files=("omniglot-py/images_background.zip", "omniglot-py/images_evaluation.zip"),
-        load=load_omniglot,
-    ),
-}
+        "mnist": _mnist_like(
+            "Handwritten digits",
+            "MNIST",
+            "LeCun, Bottou, Bengio & Haffner 1998, Gradient-based learning applied to documents",
+        ),
+        "fashion-mnist": _mnist_like(
+            "Articles of clothing",
+            "FashionMNIST",
+            "Xiao, Rasul & Vollgraf 2017, Fashion-MNIST: a novel image dataset",
+        ),
+        "kmnist": _mnist_like(
+            "Cursive Japanese characters",
+            "KMNIST",
+            "Clanuwat et al. 2018, Deep learning for classical Japanese literature",
+        ),
+        "emnist-letters": DatasetInfo(
+            title="Handwritten letters, cases merged",
+            splits=(104_000, 20_800, 20_800),
+            image_shape=(28, 28),
+            levels=256,
+            split_rule=HOLD_OUT,
+            source="Cohen, Afshar, Tapson & van Schaik 2017, EMNIST: extending MNIST to letters",
+            files=("EMNIST/raw/gzip.zip",),
+            load=load_emnist_letters,
+        ),
+        "omniglot": DatasetInfo(
+            title="Characters of 50 alphabets, 20 drawings each, averaged down to 28 x 28",
+            splits=(17_352, 1_928, 13_180),
+            image_shape=(28, 28),
+            levels=256,
+            split_rule=(
+                "test is the evaluation alphabets; valid is drawings 19 and 20 of each background "
+                "character. Not the split of the IWAE paper: figures are not comparable to its"
+            ),
+            source="Lake, Salakhutdinov & Tenenbaum 2015, Human-level concept learning",
+            files=("omniglot-py/images_background.zip", "omniglot-py/images_evaluation.zip"),
+            load=load_omniglot,
+        ),
+    }
+    | LOCAL
+    | COLOURS
+)

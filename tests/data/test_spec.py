@@ -48,6 +48,18 @@ def test_json_round_trip(spec):
     assert DataSpec.from_json(json.loads(json.dumps(spec.to_json()))) == spec
 
 
+def test_json_written_before_data_had_a_scale_is_read():
+    old = DIGITS.to_json()
+    del old["location"], old["scale"]
+    assert DataSpec.from_json(json.loads(json.dumps(old))) == DIGITS
+
+
+def test_printing_leaves_the_scale_of_each_pixel_out():
+    spec = replace(DIGITS, **PLAIN, location=(7.25,) * 64, scale=(3.5,) * 64)
+    assert "7.25" not in repr(spec)
+    assert spec != replace(spec, location=(7.0,) * 64)
+
+
 def test_json_of_another_kind_is_refused():
     d = DIGITS.to_json() | {"color": "red"}
     del d["seed"]
@@ -65,6 +77,11 @@ def test_json_of_another_kind_is_refused():
             {"binarisation": "none", "dequantisation": "uniform", "levels": None},
             "needs the number of its grey levels",
         ),
+        ({"scale": (1.0,) * 64, "location": (0.0,) * 64}, "Bits are not standardised"),
+        (PLAIN | {"scale": (1.0,) * 64}, "each of its 64 dimensions, got 0 and 64"),
+        (PLAIN | {"location": (0.0,) * 64}, "each of its 64 dimensions, got 64 and 0"),
+        (PLAIN | {"scale": (1.0,), "location": (0.0,)}, "each of its 64 dimensions, got 1 and 1"),
+        (PLAIN | {"scale": (0.0,) * 64, "location": (0.0,) * 64}, "must be positive and finite"),
     ],
 )
 def test_contradictions_are_refused(changes, match):

@@ -1,0 +1,242 @@
+"""Rows of one's own, of whatever kind, as tensors: the door through which all data enter.
+
+    tensor, array, frame, file, Dataset, DataLoader  --read_rows-->  Rows: values, labels
+
+Values become float32, or stay float64; each entry along the first dimension is a datum. That they
+are finite is checked in one place, `check_finite`.
+"""
+
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from pvae.data.spec import local_generator
+
+__all__ = ["Parted", "Rows", "check_finite", "from_frame", "from_values", "read_rows"]
+
+
+class Rows(NamedTuple):
+    """What was read.
+
+    Attributes:
+        values: (N, *event), finite, float32 or float64.
+        labels: (N,) int64, or None.
+        name: of the file, else "tensor", "frame" or the class of the `Dataset`.
+        dtype: of the source, such as "uint8" or "torch.uint8".
+        levels: number of grey levels where `values` are these in [0, 1]; None for values as given.
+    """
+
+    values: Tensor
+    labels: Tensor | None
+    name: str
+    dtype: str
+    levels: int | None = None
+
+
+Parted = dict[str, Rows]  # train, valid and test as a source has them
+
+
+def read_rows(source: Any, name: str | None = None, seed: int = 0) -> Rows | Parted:
+    """Read all rows of a source.
+
+    Args:
+        source: a tensor, a NumPy array or anything `numpy.asarray` reads; a pandas frame; the path
+            of a file or folder; a `Dataset` with a length, or a `DataLoader`.
+        name: whose, for errors and results; found from the source where left out.
+        seed: of what a `Dataset` or a `DataLoader` draws from torch's generator, which is put back.
+
+    Raises:
+        TypeError: if the values are no real numbers.
+        ValueError: if there is no datum, a value is NaN or infinite, or a file is damaged.
+        FileNotFoundError: if there is no such file.
+    """
+    if isinstance(source, str | Path):
+        from pvae.data.files import read_file
+
+        return read_file(Path(source).expanduser(), name)
+    if isinstance(source, DataLoader | Dataset):
+        return _from_dataset(
+            source, name or type(getattr(source, "dataset", source)).__name__, seed
+        )
+    pandas = sys.modules.get("pandas")  # whoever has a frame has imported it
+    if pandas is not None and isinstance(source, pandas.DataFrame):
+        return from_frame(source, name or "frame")
+    return from_values(source, name or "tensor")
+
+
+def from_values(
+    data: Any, name: str, labels: Any = None, columns: Sequence[str] | None = None
+) -> Rows:
+    """A tensor or what `numpy.asarray` reads, checked; `columns` are the names of a table's."""
+    values = data.detach() if isinstance(data, Tensor) else _numpy_tensor(data, name)
+    if values.is_complex():
+        raise TypeError(f"Data {name!r} must be real numbers, got {values.dtype}.")
+    if values.ndim == 0 or values.numel() == 0:
+        raise ValueError(
+            f"Data {name!r} must have shape (N, *event) with N >= 1, got {tuple(values.shape)}."
+        )
+    dtype = str(getattr(data, "dtype", values.dtype))
+    if values.dtype != torch.float64:
+        values = values.to(torch.float32)
+    check_finite(values, name, columns)
+    return Rows(values, None if labels is None else _labels(labels, name), name, dtype)
+
+
+def check_finite(values: Tensor, name: str, columns: Sequence[str] | None = None) -> None:
+    """Raise ValueError for NaN or infinity, naming the row and the column or pixel.
+
+    The only place where this is decided, for data from every source.
+    """
+    bad, first = 0, None
+    for start, rows in _blocks(values):
+        wrong = ~rows.reshape(len(rows), -1).isfinite()
+        if first is None and wrong.any():
+            row, place = divmod(int(wrong.flatten().nonzero()[0]), wrong.shape[1])
+            first = start + row, place, float(rows.reshape(len(rows), -1)[row, place])
+        bad += int(wrong.any(dim=1).sum())
+    if first is None:
+        return
+    row, place, value = first
+    if columns is not None:
+        where = f", column {columns[place]!r}"
+    elif values.ndim > 1:
+        index = ", ".join(str(i) for i in np.unravel_index(place, tuple(values.shape[1:])))
+        where = f", place ({index})"
+    else:
+        where = ""
+    raise ValueError(
+        f"Data {name!r} has NaN or infinite values in {bad} of {len(values)} rows, the first is "
+        f"row {row}{where}: {value} (rows and places count from 0). Drop or fill them in before "
+        "loading."
+    )
+
+
+def from_frame(frame: Any, name: str) -> Rows:
+    """A pandas frame: a column "label" becomes labels, the others must be numbers.
+
+    Labels that are no whole numbers are numbered in their order.
+    """
+    from pandas.api.types import is_bool_dtype, is_complex_dtype, is_integer_dtype, is_numeric_dtype
+
+    table = frame.drop(columns="label", errors="ignore")
+    columns = [str(column) for column in table.columns]
+    wrong = [
+        f"{column!r} ({dtype})"
+        for column, dtype in zip(columns, table.dtypes, strict=True)
+        if not is_numeric_dtype(dtype) or is_complex_dtype(dtype)
+    ]
+    if wrong:
+        raise TypeError(
+            f"The columns of {name!r} must be real numbers, and these are not: {', '.join(wrong)}. "
+            'Drop or encode them; a column "label" becomes the labels.'
+        )
+    labels = None
+    if "label" in frame:
+        labels = frame["label"]
+        if labels.isna().any():
+            row = int(labels.isna().to_numpy().nonzero()[0][0])
+            raise ValueError(f"Data {name!r} has no label in row {row} (counted from 0).")
+        if not is_integer_dtype(labels.dtype) and not is_bool_dtype(labels.dtype):
+            labels = labels.astype("category").cat.codes
+        labels = labels.to_numpy().astype(np.int64)
+    whole = all(is_integer_dtype(dtype) or is_bool_dtype(dtype) for dtype in table.dtypes)
+    single = whole or all(str(dtype).lower() == "float32" for dtype in table.dtypes)
+    values = table.to_numpy(np.float32 if single else np.float64, na_value=np.nan)
+    return from_values(values, name, labels, columns)
+
+
+def _from_dataset(source: Any, name: str, seed: int) -> Rows:
+    values: list[Tensor] = []
+    labels: list[Tensor] = []
+    with torch.random.fork_rng(devices=[]):
+        torch.set_rng_state(local_generator(seed, "reading").get_state())
+        for number, item in enumerate(_items(source, name)):
+            value, label = _parts(item, f"item {number} of {name!r}")
+            if values and value.shape[1:] != values[0].shape[1:]:
+                raise ValueError(
+                    f"All data of {name!r} must have the shape of the first, "
+                    f"{tuple(values[0].shape[1:])}; item {number} (from 0) has "
+                    f"{tuple(value.shape[1:])}."
+                )
+            values.append(value)
+            labels += [] if label is None else [label]
+    if not values:
+        raise ValueError(f"Data {name!r} must have a datum or more, got none.")
+    if labels and len(labels) != len(values):
+        raise ValueError(f"Data {name!r} must have labels for all items or for none.")
+    return from_values(torch.cat(values), name, torch.cat(labels) if labels else None)
+
+
+def _items(source: Any, name: str) -> Iterator[Any]:
+    """What a loader yields, with a dimension of data in front; a data set's items with one of 1."""
+    is_batched = isinstance(source, DataLoader) and source.batch_sampler is not None
+    try:
+        size = len(source)
+    except TypeError:
+        raise TypeError(
+            f"{name!r} has no length, so that its end is not known: `pvae.fit` streams it, and "
+            "only that."
+        ) from None
+    stream = source if isinstance(source, DataLoader) else (source[i] for i in range(size))
+    for item in stream:
+        yield item if is_batched else _batch_of_one(item)
+
+
+def _batch_of_one(item: Any) -> Any:
+    if isinstance(item, list | tuple):
+        return [_batch_of_one(part) for part in item]
+    return item[None] if isinstance(item, Tensor) else _item_tensor(item)
+
+
+def _item_tensor(item: Any) -> Any:
+    """One array, picture or number, with a dimension in front; anything else as it is."""
+    array = np.asarray(item)
+    if array.dtype.kind not in "biuf":
+        return item
+    if hasattr(item, "getbands") and array.ndim == 3:  # a picture of PIL's: channels come last
+        array = array.transpose(2, 0, 1)
+    return torch.from_numpy(array.copy())[None]
+
+
+def _parts(item: Any, whose: str) -> tuple[Tensor, Tensor | None]:
+    parts = list(item) if isinstance(item, list | tuple) else [item]
+    if not 1 <= len(parts) <= 2 or not all(isinstance(part, Tensor) for part in parts):
+        got = ", ".join(type(part).__name__ for part in parts)
+        raise TypeError(
+            f"Data must be tensors, arrays or images, or pairs of one and its label; {whose} is "
+            f"({got})."
+        )
+    return parts[0], parts[1] if len(parts) == 2 else None
+
+
+def _labels(labels: Any, name: str) -> Tensor:
+    labels = labels if isinstance(labels, Tensor) else torch.from_numpy(np.asarray(labels))
+    if labels.ndim != 1 or labels.is_floating_point() or labels.is_complex():
+        raise ValueError(
+            f"Labels of {name!r} must be a whole number for each datum, got {labels.dtype} of "
+            f"shape {tuple(labels.shape)}. Leave out what is no label."
+        )
+    return labels.to(torch.int64)
+
+
+def _numpy_tensor(data: Any, name: str) -> Tensor:
+    array = np.asarray(data)
+    if array.dtype.kind not in "biuf":
+        raise TypeError(
+            f"Data {name!r} must be a tensor or an array of real numbers, got "
+            f"{type(data).__name__} of dtype {array.dtype}."
+        )
+    return torch.from_numpy(array.astype(np.float64 if array.dtype == np.float64 else np.float32))
+
+
+def _blocks(values: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """Parts of some million numbers, so that a file mapped into memory is read piece by piece."""
+    rows = max(1, 4_000_000 * len(values) // max(1, values.numel()))
+    for start in range(0, len(values), rows):
+        yield start, values[start : start + rows]
