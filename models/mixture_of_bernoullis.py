@@ -1,6 +1,9 @@
 """The mixture of Bernoullis, its component summed out: log p(x) is exact.
 
 c ~ Categorical(pi),    x_d | c ~ Bernoulli(p_cd), independent given c
+
+Fitted by SVI like any declared model, or by EM (`pvae.fit_mixture_of_bernoullis(...).to_model()`;
+Bishop 2006, section 9.3.3).
 """
 
 from pyro.distributions import Bernoulli, Categorical

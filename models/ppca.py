@@ -4,6 +4,8 @@ z ~ N(0, I),    x | z ~ N(W z + b, sigma^2 I)
 
 log p(x) and p(z | x) are known in closed form (`pvae.exact`), so every bound can be held against
 the truth. The guide has the posterior's mean in its family, and its spread up to rotations of z.
+
+Fitted by SVI like any declared model, or in closed form (`pvae.fit_ppca(...).to_model()`).
 """
 
 from pyro.distributions import Normal

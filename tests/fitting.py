@@ -19,6 +19,8 @@ from tests.exact import LinearGaussian
 
 TRUTH = LinearGaussian.drawn()
 SMALL = {
+    "factor_analysis": {"latent_size": 2},
+    "mixture_of_factor_analysers": {"latent_size": 2, "num_components": 3},
     "hierarchical_vae": {"latent_sizes": (3, 2), "hidden": (5,), "hidden_top": (4,)},
     "mixture_of_bernoullis": {"num_components": 3},
     "mixture_of_gaussians": {"num_components": 3},

@@ -22,7 +22,17 @@ import torch
 from torch import Tensor
 from torch.linalg import solve_triangular, vector_norm
 
-from pvae.baselines.rows import as_rows, blocks, mean
+from pvae.baselines.em import (
+    EMPTY,
+    Assign,
+    ascend,
+    check_counts,
+    check_regularisation,
+    k_means,
+    nearest,
+    posterior,
+)
+from pvae.baselines.rows import as_rows, blocks, mean, on_device
 
 if TYPE_CHECKING:
     from pvae.declare import LatentModel
@@ -31,11 +41,7 @@ __all__ = ["COVARIANCES", "GaussianMixture", "fit_em"]
 
 COVARIANCES = ("diag", "full", "spherical", "tied")
 DIAGONAL = ("diag", "spherical")
-EMPTY = 10 * torch.finfo(torch.float64).eps  # a component claiming fewer data than this is empty
-NEGLIGIBLE = 1e-30  # far below `EMPTY`: responsibilities that no sum notices
 TOLERANCE = 1e-3  # nats by which rounding to float32 may put log p(c, x) wrong during a fit
-NUM_LLOYD = 10  # k-means iterations before EM
-NUM_SEEDED = 10_000  # k-means++ looks at this many data, or 20 a component
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,9 +155,7 @@ def fit_em(
     x = as_rows(data)
     _check(x, num_components, covariance, num_starts, max_iter, regularisation)
     _check_start(x, num_components, covariance, num_starts, means, start)
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    x = x.to(device)
+    x = on_device(x, device)
     centre = mean(x)
     generator = torch.Generator().manual_seed(seed)
 
@@ -161,7 +165,7 @@ def fit_em(
         if means is not None:
             seeds = torch.as_tensor(means).to(centre) - centre
         else:
-            seeds = _k_means(x, centre, num_components, generator)
+            seeds = k_means(x, centre, num_components, generator)
         first = _from_means(x, centre, seeds, covariance, regularisation)
         return _iterate(x, centre, first, max_iter, tol, regularisation)
 
@@ -182,15 +186,14 @@ def _iterate(
     tol: float,
     regularisation: float,
 ) -> GaussianMixture:
-    """E and M steps from `mixture` until the log-likelihood settles (Bishop 2006, eq. 9.28)."""
-    log_likelihood: list[float] = []
-    converged = False
-    while len(log_likelihood) < max_iter and not converged:
-        mixture, total = _update(x, centre, mixture, regularisation)
-        log_likelihood.append(total / len(x))
-        converged = len(log_likelihood) > 1 and abs(log_likelihood[-1] - log_likelihood[-2]) < tol
-    history = torch.tensor(log_likelihood, dtype=torch.float64)
-    return replace(mixture, log_likelihood=history, converged=converged)
+    fitted, log_likelihood, converged = ascend(
+        mixture,
+        lambda mixture: _update(x, centre, mixture, regularisation),
+        len(x),
+        max_iter,
+        tol,
+    )
+    return replace(fitted, log_likelihood=log_likelihood, converged=converged)
 
 
 def _update(
@@ -208,12 +211,12 @@ def _update(
         origin = (centre + _narrow_centre(mixture)).to(x.dtype)
         moved = replace(mixture, means=mixture.means + (centre - origin))
         if _rounding(moved) < TOLERANCE:
-            sums = _add_up(x, origin, moved, _posterior(moved, x.dtype))
+            sums = _add_up(x, origin, moved, posterior(_log_joint(moved, x.dtype)))
             moved = _maximise(sums, moved, regularisation)
             if _rounding(moved) ** 2 < TOLERANCE:
                 means = moved.means + (origin - centre)
                 return replace(moved, means=means), sums.log_likelihood.item()
-    sums = _add_up(x, centre, mixture, _posterior(mixture))
+    sums = _add_up(x, centre, mixture, posterior(_log_joint(mixture)))
     return _definite(_maximise(sums, mixture, regularisation)), sums.log_likelihood.item()
 
 
@@ -244,10 +247,7 @@ class _Sums(NamedTuple):
     log_likelihood: Tensor  # (), nats
 
 
-_Assign = Callable[[Tensor], tuple[Tensor, Tensor]]
-
-
-def _add_up(x: Tensor, centre: Tensor, mixture: GaussianMixture, assign: _Assign) -> _Sums:
+def _add_up(x: Tensor, centre: Tensor, mixture: GaussianMixture, assign: Assign) -> _Sums:
     """Give each datum to the components by `assign`, block by block, and keep the sums."""
     num_components, size = mixture.means.shape
     shape = {"full": (num_components, size, size), "tied": (size, size)}
@@ -275,35 +275,6 @@ def _add_up(x: Tensor, centre: Tensor, mixture: GaussianMixture, assign: _Assign
                     rows = block[claimed]
                     sums.xx[c].addmm_(rows.T * r_c[claimed], rows)
     return sums
-
-
-def _posterior(mixture: GaussianMixture, dtype: torch.dtype = torch.float64) -> _Assign:
-    """The E step: log p(x) (B,) and the responsibilities (B, C) (Bishop 2006, eq. 9.23)."""
-    log_joint = _log_joint(mixture, dtype)
-    least = math.log(NEGLIGIBLE) - 1
-
-    def assign(block: Tensor) -> tuple[Tensor, Tensor]:
-        r = log_joint(block)
-        top = r.amax(dim=1, keepdim=True)
-        r.sub_(top).clamp_(min=least).exp_()  # unclamped, most underflow: exp is 20 times slower
-        total = r.sum(dim=1, keepdim=True)
-        r.div_(total)
-        return (top + total.log()).squeeze(dim=1), torch.threshold_(r, NEGLIGIBLE, 0.0)
-
-    return assign
-
-
-def _nearest(means: Tensor) -> _Assign:
-    """k-means: 1 for the component with the nearest mean, 0 for others (Bishop 2006, eq. 9.2)."""
-    squares = means.square().sum(dim=1)
-
-    def assign(block: Tensor) -> tuple[Tensor, Tensor]:
-        x = block[:, : means.shape[1]]
-        distance = torch.addmm(squares, x, means.T, alpha=-2)
-        one_hot = torch.zeros_like(distance).scatter_(1, distance.argmin(dim=1, keepdim=True), 1)
-        return x.new_zeros(len(x)), one_hot
-
-    return assign
 
 
 def _maximise(sums: _Sums, previous: GaussianMixture, regularisation: float) -> GaussianMixture:
@@ -359,22 +330,6 @@ def _log_joint(
     return full
 
 
-def _k_means(x: Tensor, centre: Tensor, num_components: int, generator: torch.Generator) -> Tensor:
-    """k-means++ on a random part of the data, then k-means on all: means (C, D), centred."""
-    from sklearn.cluster import kmeans_plusplus
-
-    num_seeded = max(NUM_SEEDED, 20 * num_components)
-    chosen = torch.randperm(len(x), generator=generator)[:num_seeded]
-    part = (x[chosen.to(x.device)] - centre).cpu().numpy()
-    random_state = int(torch.randint(2**31, (), generator=generator))
-    seeds, _ = kmeans_plusplus(part, num_components, random_state=random_state)
-    mixture = _broad(torch.from_numpy(seeds).to(centre), "spherical", 1.0)
-    for _ in range(NUM_LLOYD):
-        sums = _add_up(x, centre, mixture, _nearest(mixture.means))
-        mixture = _maximise(sums, mixture, regularisation=1.0)
-    return mixture.means
-
-
 def _from_means(
     x: Tensor, centre: Tensor, means: Tensor, covariance: str, regularisation: float
 ) -> GaussianMixture:
@@ -382,7 +337,7 @@ def _from_means(
     variance = sum(block.square().sum() for block in blocks(x, centre)) / x.numel()
     spread = math.sqrt(variance + regularisation)
     broad = _broad(means, covariance, spread)
-    sums = _add_up(x, centre, broad, _nearest(means))
+    sums = _add_up(x, centre, broad, nearest(means))
     return _definite(_maximise(sums, broad, regularisation))
 
 
@@ -453,19 +408,8 @@ def _check(
             f"`covariance` must be one of {', '.join(COVARIANCES)}, got {covariance!r}. "
             f"Did you mean {near[0]!r}?"
         )
-    counts = {"num_components": num_components, "num_starts": num_starts, "max_iter": max_iter}
-    for name, count in counts.items():
-        if count < 1:
-            raise ValueError(f"`{name}` must be at least 1, got {count}.")
-    if not 0 <= regularisation < math.inf:
-        raise ValueError(
-            f"`regularisation` must be a variance, finite and not negative, got {regularisation}."
-        )
-    if len(x) < max(2, num_components):
-        raise ValueError(
-            f"A mixture of {num_components} Gaussians needs {max(2, num_components)} data or more, "
-            f"got {len(x)}. Ask for fewer components or give more data."
-        )
+    check_counts(len(x), "Gaussians", num_components, num_starts, max_iter)
+    check_regularisation(regularisation)
 
 
 def _check_start(

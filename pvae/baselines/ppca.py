@@ -7,93 +7,39 @@ z ~ N(0, I), x | z ~ N(W z + μ, σ² I). Source: Tipping & Bishop 1999, "Probab
 component analysis", Journal of the Royal Statistical Society B 61(3).
 """
 
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from pvae.baselines.rows import as_rows, blocks, mean
+from pvae.baselines.linear_gaussian import LinearGaussian, check_latent_size, scatter
+from pvae.baselines.rows import as_rows, mean
 
 if TYPE_CHECKING:
     from pvae.declare import LatentModel
-    from pvae.sites import SiteModule
 
 __all__ = ["ProbabilisticPCA", "fit_ppca"]
 
 
 @dataclass(frozen=True, eq=False)
-class ProbabilisticPCA:
+class ProbabilisticPCA(LinearGaussian):
     """p(x) = N(μ, W Wᵀ + σ² I): Q latent numbers behind data of D elements."""
 
     W: Tensor  # (D, Q), determined up to a rotation of z
     mu: Tensor  # (D,)
     sigma2: Tensor  # (), the variance of the noise
 
-    def log_prob(self, x: Any) -> Tensor:
-        """log p(x) of data (N, *event): (N,), in nats, exact.
-
-        Through M = Wᵀ W + σ² I, (Q, Q): the covariance, (D, D), is never made.
-        Raises ValueError if x does not fit or is not finite.
-        """
-        rows, (D, Q) = as_rows(x, size=len(self.mu)), self.W.shape
-        W, sigma2, L = self.W.double(), self.sigma2.double(), self._cholesky_of_M()
-        log_determinant = (D - Q) * sigma2.log() + 2 * L.diagonal().log().sum()
-        parts = []
-        for d in blocks(rows.to(W.device), self.mu.double()):
-            explained = torch.linalg.solve_triangular(L, (d @ W).T, upper=False).square().sum(dim=0)
-            parts.append((d.square().sum(dim=1) - explained) / sigma2)
-        log_p = -(torch.cat(parts) + log_determinant + D * math.log(2 * math.pi)) / 2
-        return log_p.to(rows.device, self.W.dtype)
-
-    def posterior(self, x: Any) -> tuple[Tensor, Tensor]:
-        """p(z | x) of (N, *event): its mean M⁻¹ Wᵀ (x - μ), (N, Q), and covariance σ² M⁻¹, (Q, Q).
-
-        Raises ValueError if x does not fit or is not finite.
-        """
-        rows = as_rows(x, size=len(self.mu))
-        inverse = torch.cholesky_inverse(self._cholesky_of_M())
-        to_mean = self.W.double() @ inverse
-        parts = blocks(rows.to(self.W.device), self.mu.double())
-        z = torch.cat([d @ to_mean for d in parts])
-        covariance = self.sigma2.double() * inverse
-        return z.to(rows.device, self.W.dtype), covariance.to(rows.device, self.W.dtype)
-
-    def sample(self, num: int) -> Tensor:
-        """Draw (num, D) from p(x) with torch's global generator."""
-        D, Q = self.W.shape
-        z, noise = self.W.new_empty(num, Q).normal_(), self.W.new_empty(num, D).normal_()
-        return z @ self.W.T + self.mu + self.sigma2.sqrt() * noise
+    @property
+    def noise(self) -> Tensor:
+        """σ² of every element, (D,)."""
+        return self.sigma2.expand(len(self.mu))
 
     def to_model(self) -> "LatentModel":
-        """The same model as the declared `pvae.models.ppca`, its guide at the exact posterior.
-
-        The posterior's covariance is diagonal, as the guide's is, because the columns of W are
-        orthogonal (R = I).
-        """
+        """The same model as the declared `pvae.models.ppca`, its guide at the exact posterior."""
         from pvae.models import ppca
 
-        model = ppca(*self.W.shape).to(self.W.device, self.W.dtype)
-        covariance = self.posterior(self.mu[None])[1]
-        to_mean = (covariance / self.sigma2) @ self.W.T
-        _set_affine(model.module_of("x"), self.W, self.mu)
-        model.module_of("x").assign("scale", self.sigma2.sqrt())
-        guide = model.guide_module_of("z")
-        _set_affine(guide, to_mean, -to_mean @ self.mu)
-        guide.assign("scale", covariance.diagonal().sqrt())
-        return model
-
-    def _cholesky_of_M(self) -> Tensor:
-        W = self.W.double()
-        return torch.linalg.cholesky(W.T @ W + self.sigma2.double() * torch.eye(W.shape[1]).to(W))
-
-
-def _set_affine(module: "SiteModule", weight: Tensor, bias: Tensor) -> None:
-    """Make `weight` @ parent + `bias` of a module whose net is `Linear`."""
-    with torch.no_grad():
-        for parameter, value in zip(module.nets.parameters(), (weight, bias), strict=True):
-            parameter.copy_(value)
+        return self._declared(ppca(*self.W.shape), self.sigma2.sqrt())
 
 
 def fit_ppca(data: Any, latent_size: int) -> ProbabilisticPCA:
@@ -109,17 +55,9 @@ def fit_ppca(data: Any, latent_size: int) -> ProbabilisticPCA:
     """
     x = as_rows(data)
     N, D = x.shape
-    if not 1 <= latent_size < D:
-        raise ValueError(
-            f"`latent_size` must be at least 1 and less than the {D} elements of a datum, "
-            f"got {latent_size}: the noise needs a dimension of its own."
-        )
-    if N < 2:
-        raise ValueError(f"PPCA needs at least 2 data, got {N}: one datum has no variance.")
+    check_latent_size("PPCA", latent_size, N, D)
     mu = mean(x)
-    S = mu.new_zeros(D, D)
-    for d in blocks(x, mu):
-        S.addmm_(d.T, d, alpha=1 / N)
+    S = scatter(x, mu)
     eigenvalues, eigenvectors = torch.linalg.eigh(S)  # in ascending order
     sigma2 = eigenvalues[: D - latent_size].mean()
     if sigma2 <= D * torch.finfo(S.dtype).eps * eigenvalues[-1]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pvae.data import Data
 
-__all__ = ["BLOCK_ELEMENTS", "as_rows", "blocks", "mean"]
+__all__ = ["BLOCK_ELEMENTS", "as_rows", "blocks", "mean", "on_device"]
 
 # Elements in one block of rows: on a CPU it should stay near the cache, on a GPU fill the device.
 BLOCK_ELEMENTS = {"cpu": 2**20, "cuda": 2**26}
@@ -62,3 +62,10 @@ def mean(x: Tensor) -> Tensor:
     for block in blocks(x, total.clone()):
         total += block.sum(dim=0)
     return total / len(x)
+
+
+def on_device(x: Tensor, device: str | torch.device) -> Tensor:
+    """The rows where the fit is to be: "auto" is CUDA where there is one."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return x.to(device)
