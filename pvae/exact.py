@@ -1,14 +1,15 @@
 """log p(x) where it is tractable, in nats: what every bound can be held against.
 
     enumeration       every latent is discrete and summable
-    linear-Gaussian   Normal sites, means affine in their parents, scales that depend on none
+    linear-Gaussian   Normal sites, means affine in their parents, scales that depend on none;
+                      where some latents are summable, given each of their values in turn
     quadrature        at most two real latent dimensions, discrete latents summed out
 
 `log_prob` takes the first that applies, and refuses otherwise.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import product
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch.distributions import Distribution, MultivariateNormal, constraints
 from pvae.declare import LatentModel
 from pvae.fence import evaluating, fenced, module_device
 from pvae.nets import Linear
-from pvae.pair import Batch, Columns, Pair
+from pvae.pair import Batch, Columns, Pair, check_pair
 from pvae.particles import draw
 from pvae.passes import blocks
 from pvae.sites import Predicted, SiteModule
@@ -45,7 +46,8 @@ def method(model: Pair) -> str | None:
     continuous = [name for name in model.latents if not model.module_of(name).summable]
     if not continuous:
         return "enumeration"
-    if all(_is_linear_gaussian(module) for module in _modules(model)):
+    summed = {name for name in model.latents if name not in continuous}
+    if all(_is_linear_gaussian(module, summed) for module in _modules(model)):
         return "linear-Gaussian"
     real = all(_is_real(model.module_of(name).prototype.support) for name in continuous)
     size = sum(math.prod(model.inputs[name].shape) for name in continuous)
@@ -66,6 +68,7 @@ def log_prob(model: Pair, data: Any) -> Tensor:
         Intractable: where none of the methods applies.
         ValueError: for data that do not fit the model.
     """
+    check_pair(model)
     how = method(model)
     if how is None or not isinstance(model, LatentModel):
         raise Intractable(
@@ -74,7 +77,7 @@ def log_prob(model: Pair, data: Any) -> Tensor:
             "dimensions of a declared model. Use pvae.evaluate for bounds and estimates."
         )
     if how == "linear-Gaussian":
-        return _observed(linear_gaussian(model, data), data, model)
+        return _given_each(model, data).logsumexp(0)
     return enumeration(model, data) if how == "enumeration" else quadrature(model, data)
 
 
@@ -113,10 +116,16 @@ def enumeration(model: LatentModel, data: Any) -> Tensor:
 # ------------------------------------------------------------------------------ linear-Gaussian
 
 
-def _is_linear_gaussian(module: SiteModule) -> bool:
+def _is_linear_gaussian(module: SiteModule, summed: set[str]) -> bool:
+    """Whether it is, given the latents that are summed out."""
     site = module.site
+    only_summed = set(site.given) <= summed
+    if module.name in summed:
+        return only_summed
     if site.title not in ("Normal", "MultivariateNormal"):
         return False
+    if only_summed:
+        return True
     predicted = [key for key, value in site.parameters.items() if isinstance(value, Predicted)]
     if predicted or site.net is None:
         return not predicted
@@ -124,23 +133,42 @@ def _is_linear_gaussian(module: SiteModule) -> bool:
     return isinstance(site.net, Linear) and filled == ["loc"]
 
 
-def linear_gaussian(model: LatentModel, data: Any) -> dict[str, tuple[Tensor, Tensor]]:
+def _given_each(model: LatentModel, data: Any) -> Tensor:
+    """log p(c) p(x | c) for each value c of the summed latents together, (C, N)."""
+    names = [name for name in model.latents if model.module_of(name).summable]
+    supports = [model.module_of(name).prototype.enumerate_support() for name in names]
+    joint = []
+    with evaluating(model):
+        for values in product(*(support.unsqueeze(1) for support in supports)):
+            c = dict(zip(names, values, strict=True))  # each (1,)
+            log_p = sum(model.module_of(name)(c).log_prob(c[name]) for name in names)
+            joint.append(log_p + _observed(linear_gaussian(model, data, c), data, model))
+    return torch.stack(joint)
+
+
+def linear_gaussian(
+    model: LatentModel, data: Any, summed: Mapping[str, Tensor] | None = None
+) -> dict[str, tuple[Tensor, Tensor]]:
     """Every site as offset + A eps, eps ~ N(0, I) shared by all sites.
 
     Args:
         model: a model whose method is "linear-Gaussian".
         data: columns; only those that are conditioned on matter.
+        summed: the value of each latent that is summed out, (1,).
 
     Returns:
         By site the offset (N or 1, d) and A (d, size of eps), in float64.
     """
     batch = _columns(model, data).rows(slice(None))
     given = {name: batch[name] for name in model.given} if isinstance(batch, dict) else {}
+    given |= summed or {}
     noise_size = sum(math.prod(model.inputs[n].shape) for n in (*model.latents, *model.observed))
     found: dict[str, tuple[Tensor, Tensor]] = {}
     start = 0
     with evaluating(model):
         for module in _modules_in_order(model):
+            if module.name in given:
+                continue
             shape, size = module.event_shape, math.prod(module.event_shape)
             at_offset = module(_parents(module, found, given, None, model))
             moved = module(_parents(module, found, given, noise_size, model))
@@ -214,7 +242,8 @@ def posterior(model: LatentModel, data: Any) -> dict[str, MultivariateNormal]:
     Raises:
         Intractable: for any other model.
     """
-    if method(model) != "linear-Gaussian":
+    some_summed = any(model.module_of(name).summable for name in model.latents)
+    if method(model) != "linear-Gaussian" or some_summed:
         raise Intractable(
             f"p(z | x) of {model.name!r} is known in closed form for linear-Gaussian models only: "
             "Normal sites, Linear nets for their means, scales that depend on no parent."

@@ -36,8 +36,12 @@ def identity(size: int) -> Tensor:
 
 METHODS = {
     "enumeration": [GaussianMixture.drawn().declared(), TwoCategoricals.drawn().declared()],
-    "linear-Gaussian": [LinearGaussian.drawn().declared(), TwoLayers.drawn().declared()],
-    "quadrature": [Ring().declared(), Square().declared(), LinearMixture.drawn().declared()],
+    "linear-Gaussian": [
+        LinearGaussian.drawn().declared(),
+        TwoLayers.drawn().declared(),
+        LinearMixture.drawn().declared(),
+    ],
+    "quadrature": [Ring().declared(), Square().declared()],
 }
 
 

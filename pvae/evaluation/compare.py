@@ -57,11 +57,12 @@ class Comparison:
         return f"log p(x), {self.unit}, {self.num_data} data of {self.space}"
 
 
-def compare(results: Mapping[str, Evaluation], bits: bool = False) -> Comparison:
+def compare(results: Mapping[str, Any], bits: bool = False) -> Comparison:
     """Compare evaluations of several models on the same data.
 
     Args:
-        results: evaluations by the name to show.
+        results: evaluations by the name to show; a deterministic autoencoder may stand in place of
+            one, is shown last, and without a log p(x).
         bits: give log-probabilities in bits per dimension instead of nats per datum.
 
     Returns:
@@ -80,6 +81,10 @@ def compare(results: Mapping[str, Evaluation], bits: bool = False) -> Comparison
         )
     if not results:
         raise ValueError("`compare` needs at least one evaluation, by name.")
+    whys = {name: result.why_no_log_p for name, result in results.items() if _is_silent(result)}
+    results = {name: result for name, result in results.items() if name not in whys}
+    if not results:
+        raise ValueError("`compare` needs at least one evaluation: none of these has a p(x).")
     for name, result in results.items():
         if not isinstance(result, Evaluation):
             raise TypeError(
@@ -94,6 +99,7 @@ def compare(results: Mapping[str, Evaluation], bits: bool = False) -> Comparison
     best = next(iter(ranked.values()))
     factor = 1 / (math.log(2) * best.dimensions) if bits else 1.0
     rows = [{"model": name} | _row(result, best, factor) for name, result in ranked.items()]
+    rows += [{"model": name, "what it is": why, "active units": ""} for name, why in whys.items()]
     return Comparison(
         table=pd.DataFrame(rows).set_index("model"),
         space=best.spec.space(),
@@ -101,6 +107,11 @@ def compare(results: Mapping[str, Evaluation], bits: bool = False) -> Comparison
         unit=BITS if bits else NATS,
         caution="; ".join(_notes(ranked)),
     )
+
+
+def _is_silent(result: Any) -> bool:
+    """Whether it is a deterministic baseline, which tells why it has no log p(x)."""
+    return hasattr(result, "why_no_log_p")
 
 
 def _ranked(results: Mapping[str, Evaluation]) -> dict[str, Evaluation]:
