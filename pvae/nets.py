@@ -7,7 +7,8 @@ saved. When a model is declared, `build(inputs, outputs)` makes the module:
 
 All leading dimensions are batch (particles, data, enumerated categories), in every net here, and
 the parents' batches broadcast against each other. Weights start by Glorot & Bengio 2010, biases at
-zero, as in Burda, Grosse & Salakhutdinov 2016.
+zero, as in Burda, Grosse & Salakhutdinov 2016; those of convolutions by He et al. 2015, whose
+variance makes up for what a ReLU cuts off.
 """
 
 import itertools
@@ -19,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["MLP", "Conv", "Deconv", "Input", "Linear", "Lookup", "Net", "Table"]
+__all__ = ["MLP", "Conv", "Deconv", "Input", "Linear", "Log1p", "Lookup", "Net", "Ring", "Table"]
 
 Shape = tuple[int, ...]
 
@@ -79,12 +80,14 @@ class Net:
     def from_json(data: Mapping[str, Any]) -> "Net":
         """Read back what `to_json` wrote, looking only among the nets of this module."""
         fields = {key: value for key, value in data.items() if key != "net"}
-        kinds = {kind.__name__: kind for kind in (MLP, Linear, Table, Conv, Deconv)}
+        kinds = {kind.__name__: kind for kind in (MLP, Linear, Table, Conv, Deconv, Log1p, Ring)}
         if data["net"] not in kinds:
             raise ValueError(
                 f"The declaration names the net {data['net']!r}, which is not one of pvae's "
                 f"({', '.join(kinds)}). Declare the model in Python and pass it with `model=`."
             )
+        if "body" in fields:
+            fields["body"] = Net.from_json(fields["body"])
         if "hidden" in fields:
             return kinds[data["net"]](*fields.pop("hidden"), **fields)
         return kinds[data["net"]](**fields)
@@ -121,10 +124,18 @@ class _Layered(Net):
         object.__setattr__(self, "activation", activation)
 
 
-def _glorot(module: nn.Module) -> nn.Module:
+def _started(module: nn.Module) -> nn.Module:
+    """The module with its weights drawn; see above."""
     for layer in module.modules():
-        if isinstance(layer, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
+        if isinstance(layer, nn.Linear):
             nn.init.xavier_uniform_(layer.weight)
+            nn.init.zeros_(layer.bias)
+        elif isinstance(layer, nn.Conv2d | nn.ConvTranspose2d):
+            taps = math.prod(layer.kernel_size)
+            if isinstance(layer, nn.ConvTranspose2d):
+                taps //= math.prod(layer.stride)  # as many as meet in each pixel
+            bound = math.sqrt(6 / (layer.in_channels * taps))
+            nn.init.uniform_(layer.weight, -bound, bound)
             nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
     return module
 
@@ -178,7 +189,7 @@ class MLP(_Layered):
         for before, after in itertools.pairwise(sizes):
             layers += [nn.Linear(before, after), ACTIVATIONS[self.activation]()]
         layers.append(nn.Linear(sizes[-1], _size(outputs)))
-        return _Flat(_glorot(nn.Sequential(*layers)), inputs, outputs)
+        return _Flat(_started(nn.Sequential(*layers)), inputs, outputs)
 
     def mirrored(self) -> "MLP":
         """The same layers in the opposite order."""
@@ -192,7 +203,7 @@ class Linear(Net):
     def build(self, inputs: Sequence[Input], outputs: Mapping[str, Shape]) -> nn.Module:
         """Make the module; see `Net.build`."""
         body = nn.Linear(sum(i.size for i in inputs), _size(outputs))
-        return _Flat(_glorot(body), inputs, outputs)
+        return _Flat(_started(body), inputs, outputs)
 
 
 class Lookup(nn.Module):
@@ -283,7 +294,7 @@ class Conv(_Layered):
             layers += [ACTIVATIONS[self.activation]()]
             channels, height, width = after, (height + 1) // 2, (width + 1) // 2
         layers += [nn.Flatten(), nn.Linear(channels * height * width, _size(outputs))]
-        return _Flat(_Rows(_glorot(nn.Sequential(*layers))), inputs, outputs)
+        return _Flat(_Rows(_started(nn.Sequential(*layers))), inputs, outputs)
 
     def mirrored(self) -> "Deconv":
         """The decoder that undoes these steps."""
@@ -331,8 +342,83 @@ class Deconv(_Layered):
             layers.append(ACTIVATIONS[self.activation]())
             layers.append(nn.ConvTranspose2d(before, after, 4, stride=2, padding=1))
         layers.append(_Crop(channels * len(outputs), height, width))
-        return _Flat(_Rows(_glorot(nn.Sequential(*layers))), inputs, outputs)
+        return _Flat(_Rows(_started(nn.Sequential(*layers))), inputs, outputs)
 
     def mirrored(self) -> "Conv":
         """The encoder that undoes these steps."""
         return Conv(*reversed(self.hidden), activation=self.activation)
+
+
+class _OfLog1p(nn.Module):
+    """`body`, with each real parent's value x read as log(1 + x)."""
+
+    def __init__(self, body: nn.Module, inputs: Sequence[Input]):
+        super().__init__()
+        self.body = body
+        self.inputs = tuple(inputs)
+
+    def forward(self, *values: Tensor) -> dict[str, Tensor]:
+        pairs = zip(self.inputs, values, strict=True)
+        return self.body(*(v.log1p() if i.categories is None else v for i, v in pairs))
+
+
+@dataclass(frozen=True)
+class Log1p(Net):
+    """A net that reads counts by their size, as log(1 + x): `Log1p(MLP(200, 200))`.
+
+    A count of thousands would saturate every unit of a net that reads it as it is.
+
+    Args:
+        body: the net that reads the logarithms.
+
+    Raises:
+        TypeError: if `body` is not a net.
+    """
+
+    body: Net
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.body, Net):
+            raise TypeError(f"Log1p takes a net such as MLP(200, 200), got {self.body!r}.")
+
+    def build(self, inputs: Sequence[Input], outputs: Mapping[str, Shape]) -> nn.Module:
+        """Make the module; see `Net.build`."""
+        return _OfLog1p(self.body.build(inputs, outputs), inputs)
+
+    def mirrored(self) -> Net:
+        """The body's: what is put out need not be a count."""
+        return self.body.mirrored()
+
+    def to_json(self) -> dict[str, Any]:
+        """The net as plain data."""
+        return {"net": type(self).__name__, "body": self.body.to_json()}
+
+
+class _OntoRing(nn.Module):
+    """g(z) for one output, and g(0) = 0."""
+
+    def __init__(self, output: str):
+        super().__init__()
+        self.output = output
+
+    def forward(self, z: Tensor) -> dict[str, Tensor]:
+        return {self.output: z / 10 + nn.functional.normalize(z, dim=-1)}
+
+
+@dataclass(frozen=True)
+class Ring(Net):
+    """The fixed map g(z) = z / 10 + z / ||z||, without parameters (Doersch 2016, figure 2)."""
+
+    def build(self, inputs: Sequence[Input], outputs: Mapping[str, Shape]) -> nn.Module:
+        """Make the module; see `Net.build`.
+
+        Raises:
+            ValueError: unless there is one real vector in, and one output of its shape.
+        """
+        shapes = [i.shape for i in inputs if i.categories is None and len(i.shape) == 1]
+        if len(inputs) != 1 or shapes != list(outputs.values()):
+            raise ValueError(
+                "Ring maps one real vector to one parameter of the same shape, got parents of "
+                f"shapes {[i.shape for i in inputs]} for {dict(outputs)}."
+            )
+        return _OntoRing(next(iter(outputs)))

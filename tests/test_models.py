@@ -15,6 +15,7 @@ from torch import Tensor
 
 import pvae
 from pvae import LatentModel
+from tests.fitting import assert_same_fit, traced
 
 SMALL = {
     "data_size": 6,
@@ -23,12 +24,21 @@ SMALL = {
     "hidden": (5,),
     "hidden_top": (4,),
     "num_components": 3,
+    "categories": 3,
+    "num_latents": 2,
+    "image_shape": (1, 4, 5),
+    "channels": (3, 4),
 }
 
 # What a model can be besides its default.
 VARIANTS = {
+    "categorical_vae": [{"guided": True}],
+    "conv_vae": [{"image_shape": (3, 5, 4), "pixels": "normal"}],
+    "count_vae": [{"counts": "poisson"}],
     "gaussian_vae": [{"sigma": 0.1}, {"sigma": "per pixel"}, {"sigma": "predicted"}],
+    "ladder_vae": [{"latent_sizes": (4, 3, 2)}],
     "mixture_of_gaussians": [{"covariance": form} for form in ("full", "tied", "spherical")],
+    "sigmoid_belief_network": [{"latent_sizes": (3,)}],
 }
 
 CASES = [
@@ -41,7 +51,7 @@ CASES = [
 def small(name: str, options: dict) -> LatentModel:
     declare = getattr(pvae.models, name)
     known = inspect.signature(declare).parameters
-    return declare(**{key: size for key, size in SMALL.items() if key in known}, **options)
+    return declare(**{key: size for key, size in SMALL.items() if key in known} | options)
 
 
 @pytest.fixture(params=CASES)
@@ -120,6 +130,16 @@ def test_one_step_of_fit_changes_every_parameter(model, data):
         name for name, value in model.named_parameters() if not torch.equal(value, before[name])
     }
     assert moved == {name for name, _ in model.named_parameters()}
+
+
+def test_a_traced_fit_is_the_eager_one(declare, data):
+    def start() -> LatentModel:
+        torch.manual_seed(0)
+        return declare()
+
+    settings = {"batch_size": 10, "steps": 3, "device": "cpu", "progress": False}
+    eager = pvae.fit(start(), data, pvae.IWAE(3), compile=False, **settings)
+    assert_same_fit(traced(start(), data, pvae.IWAE(3), **settings), eager)
 
 
 def test_evaluation_leaves_everything_as_it_was(model, data):

@@ -1,12 +1,14 @@
+import itertools
 import json
 
 import pytest
 import torch
 from torch import nn
 
-from pvae.nets import MLP, Conv, Deconv, Input, Linear, Net, Table
+from pvae.nets import MLP, Conv, Deconv, Input, Linear, Log1p, Net, Ring, Table
 
 VECTOR, INDEX, IMAGE = Input((3,)), Input((), categories=4), Input((2, 5, 7))
+COUNTS = Input((6,))
 
 # a net, its parents, its outputs
 NETS = {
@@ -16,12 +18,16 @@ NETS = {
     "Linear": (Linear(), [INDEX, VECTOR], {"loc": (4,)}),
     "Table": (Table(), [INDEX], {"loc": (2,), "scale": ()}),
     "Table of several": (Table(), [INDEX, Input((), categories=3)], {"logits": (2, 2)}),
+    "Log1p": (Log1p(MLP(4)), [COUNTS, INDEX], {"loc": (2,), "scale": ()}),
+    "Ring": (Ring(), [VECTOR], {"loc": (3,)}),
     "Conv": (Conv(3, 4), [IMAGE], {"loc": (2,), "scale": (2,)}),
     "Deconv": (Deconv(4, 3), [VECTOR, INDEX], {"loc": (2, 5, 7), "scale": (2, 5, 7)}),
 }
 
 
 def value_of(parent: Input, *batch: int) -> torch.Tensor:
+    if parent is COUNTS:
+        return torch.randint(2000, (*batch, *parent.shape)).float()
     if parent.categories is None:
         return torch.randn(*batch, *parent.shape)
     return torch.randint(parent.categories, (*batch, *parent.shape))
@@ -69,12 +75,13 @@ def test_batches_of_several_parents_broadcast(case):
         torch.testing.assert_close(out, module(*expanded)[name])
 
 
-def test_gradients_reach_every_parameter(case):
+def test_gradients_reach_every_parameter_and_every_real_parent(case):
     net, parents, outputs = case
     module = net.build(parents, outputs)
-    out = module(*(value_of(parent, 50) for parent in parents))
-    sum(piece.square().sum() for piece in out.values()).backward()
-    assert all(parameter.grad is not None for parameter in module.parameters())
+    values = [value_of(parent, 50) for parent in parents]
+    real = [value.requires_grad_() for value in values if value.is_floating_point()]
+    sum(piece.square().sum() for piece in module(*values).values()).backward()
+    assert all(tensor.grad is not None for tensor in [*module.parameters(), *real])
 
 
 def test_a_net_works_in_double_precision(case):
@@ -106,6 +113,7 @@ def test_json_keeps_the_activation(net):
         (Linear(), Linear()),
         (Conv(8, 16, activation="elu"), Deconv(16, 8, activation="elu")),
         (Deconv(16, 8), Conv(8, 16)),
+        (Ring(), Ring()),
     ],
     ids=str,
 )
@@ -142,6 +150,31 @@ def test_weights_start_by_glorot_and_biases_at_zero():
             bound = (6 / (layer.in_features + layer.out_features)) ** 0.5
             assert 0.95 * bound < layer.weight.abs().max() <= bound
             assert torch.equal(layer.bias, torch.zeros_like(layer.bias))
+
+
+@pytest.mark.parametrize(
+    ("net", "parent", "outputs"),
+    [
+        (Conv(40, 50, 60), Input((30, 64, 64)), {"loc": (2,)}),
+        (Deconv(60, 50, 40), Input((500,)), {"loc": (30, 64, 64)}),
+    ],
+    ids=["Conv", "Deconv"],
+)
+def test_a_signal_keeps_its_size_through_convolutions(net, parent, outputs):
+    """By Glorot's weights each ReLU would halve it, and idle taps would cut it to a quarter."""
+    sizes = []
+
+    def keep(layer, arguments, out):
+        sizes.append(float(out.detach().square().mean()))
+
+    module = net.build([parent], outputs)
+    for layer in module.modules():
+        if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d):
+            layer.register_forward_hook(keep)
+    with torch.no_grad():
+        module(torch.randn(4, *parent.shape))
+    assert len(sizes) == 3
+    assert all(0.5 < after / before < 2 for before, after in itertools.pairwise(sizes))
 
 
 def test_categories_are_read_one_hot():
@@ -203,6 +236,28 @@ def test_images_of_several_parameters_are_separate_channels():
     assert not torch.equal(out["loc"], out["scale"])
 
 
+def test_the_mirror_of_a_net_that_reads_counts_reads_codes():
+    assert Log1p(MLP(20, 10)).mirrored() == MLP(10, 20)
+
+
+def test_counts_are_read_by_their_logarithm_and_categories_as_they_are():
+    torch.manual_seed(0)
+    read_plainly = MLP(4).build([COUNTS, INDEX], {"loc": (2,)})
+    torch.manual_seed(0)
+    module = Log1p(MLP(4)).build([COUNTS, INDEX], {"loc": (2,)})
+    counts, index = value_of(COUNTS, 5), value_of(INDEX, 5)
+    expected = read_plainly((1 + counts).log(), index)["loc"]
+    torch.testing.assert_close(module(counts, index)["loc"], expected)
+
+
+def test_the_ring_is_the_tutorials_map_and_stays_finite_at_the_origin():
+    module = Ring().build([Input((2,))], {"loc": (2,)})
+    assert list(module.parameters()) == []
+    z = torch.tensor([[3.0, 4.0], [0.0, -2.0], [0.0, 0.0]])
+    expected = torch.tensor([[0.3 + 0.6, 0.4 + 0.8], [0.0, -0.2 - 1.0], [0.0, 0.0]])
+    torch.testing.assert_close(module(z)["loc"], expected)
+
+
 # ------------------------------------------------------------------------------ errors
 
 
@@ -243,12 +298,26 @@ def test_images_of_several_parameters_are_separate_channels():
         ),
         (lambda: Deconv().build([VECTOR], {"loc": (1, 4, 4)}), r"Deconv needs layers"),
         (
+            lambda: Ring().build([VECTOR], {"loc": (3,), "scale": (3,)}),
+            r"Ring maps one real vector to one parameter of the same shape, got parents of shapes "
+            r"\[\(3,\)\] for \{'loc': \(3,\), 'scale': \(3,\)\}\.",
+        ),
+        (lambda: Ring().build([VECTOR], {"loc": (2,)}), r"Ring maps one real vector"),
+        (lambda: Ring().build([INDEX], {"loc": ()}), r"Ring maps one real vector"),
+        (lambda: Ring().build([VECTOR, VECTOR], {"loc": (3,)}), r"Ring maps one real vector"),
+        (
             lambda: Net.from_json({"net": "os.system", "command": "true"}),
             r"names the net 'os\.system', which is not one of pvae's \(MLP, Linear, Table, Conv, "
-            r"Deconv\)",
+            r"Deconv, Log1p, Ring\)",
         ),
     ],
 )
 def test_what_cannot_be_built_says_why(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("body", [MLP, nn.Linear(3, 2), None])
+def test_log1p_takes_a_net(body):
+    with pytest.raises(TypeError, match=r"Log1p takes a net such as MLP\(200, 200\), got "):
+        Log1p(body)
