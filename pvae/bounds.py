@@ -249,8 +249,9 @@ def psis(log_weights: Tensor) -> tuple[Tensor, Tensor]:
     """log p(x) estimated with the tail of the weights smoothed, and their k-hat, by ArviZ.
 
     The largest 3 sqrt(K) weights are replaced by quantiles of the generalised Pareto distribution
-    fitted to them (Vehtari et al. 2024, section 3.1). Less noisy than L_K where k-hat is below its
-    threshold, and no bound: smoothing has a bias of its own, mostly downward.
+    fitted to them (Vehtari et al. 2024, section 3.1). Often less noisy than L_K where the tail is
+    heavy and k-hat below its threshold, at times noisier where few draws have weight; and no bound:
+    smoothing has a bias of its own, mostly downward.
 
     Args:
         log_weights: (K, N), nats.
@@ -290,7 +291,7 @@ def _spread(largest: Any, num_draws: int, eps: float) -> tuple[Any, Any]:
     Below the range of a float ArviZ's fit fails without a word, and leaves its prior, which looks
     good: k-hat 0.05 for 1,000 particles of which one has all the weight.
     """
-    size = math.ceil(min(num_draws / 5, 3 * math.sqrt(num_draws))) + 1
+    size = math.floor(min(num_draws / 5, 3 * math.sqrt(num_draws)))  # as many as ArviZ takes
     tail = np.partition(largest, largest.shape[1] - size)[:, -size:]
     spread = tail.max(1) - tail.min(1)
     rounding = 64 * eps * np.maximum(1, np.abs(tail).max(1))

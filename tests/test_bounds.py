@@ -325,3 +325,9 @@ def test_a_tail_hundreds_of_nats_wide_has_a_khat_and_an_estimate():
     estimate, khat = bounds.psis(log_w)
     assert khat > 100
     assert -math.log(200) < estimate < math.log(42 / 200)  # of a tail of 42
+
+
+def test_a_tail_of_one_value_above_the_rest_is_no_tail():
+    """As it comes of a guided category: the largest six of thirty weights are equal."""
+    parts = [torch.full((6,), 0.4667), torch.full((7,), 0.1276), torch.full((17,), -0.299)]
+    assert bounds.pareto_khat(torch.cat(parts).unsqueeze(1)) == 0
