@@ -1,7 +1,15 @@
 """Declare a latent-variable model, fit it, and learn how well log p(x) is known."""
 
 from pvae import bounds, exact, nets
-from pvae.baselines import fit_em, fit_ppca
+from pvae.baselines import (
+    fit_autoencoder,
+    fit_em,
+    fit_factor_analysis,
+    fit_mixture_of_bernoullis,
+    fit_mixture_of_factor_analysers,
+    fit_pca,
+    fit_ppca,
+)
 from pvae.data import Data, DataSpec, load_data
 from pvae.declare import Given, Latent, LatentModel, Learned, Observed, Predicted
 from pvae.evaluation import (
@@ -78,7 +86,12 @@ __all__ = [
     "evaluate",
     "exact",
     "fit",
+    "fit_autoencoder",
     "fit_em",
+    "fit_factor_analysis",
+    "fit_mixture_of_bernoullis",
+    "fit_mixture_of_factor_analysers",
+    "fit_pca",
     "fit_ppca",
     "from_pyro_svi",
     "gaps",

@@ -19,7 +19,7 @@ from torch import Tensor, fx
 from pvae.fence import evaluating, fenced, module_device
 from pvae.likelihoods import CheapLikelihoods
 from pvae.lowering import PACKAGE, CannotLower, Lowered, compiled, hoist
-from pvae.pair import Columns, Pair
+from pvae.pair import Columns, Pair, check_pair
 from pvae.particles import Particles
 from pvae.points import REPLICATES, Points, Scores, widths
 from pvae.refinement import Refine, Refinement
@@ -277,6 +277,7 @@ def log_weights(
     Raises:
         ValueError: for data that do not fit the model.
     """
+    check_pair(pair)
     how = How.of(proposal)
     device = module_device(pair)
     columns = pair.columns(data).realised().to(device)

@@ -5,8 +5,8 @@
 Each point alone is uniform, so that weights are unbiased; together they leave no gaps, so that the
 error of a smooth integrand falls faster than K^-1/2. The K points are REPLICATES independent
 randomisations of one net, whose spread gives the standard error (Owen 1997; L'Ecuyer & Lemieux
-2002): a datum's points within one are not independent. Used as a guide's draws by Buchholz, Wenzel
-& Mandt 2018.
+2002), with seven degrees of freedom: a datum's points within one are not independent. Used
+as a guide's draws by Buchholz, Wenzel & Mandt 2018.
 """
 
 from collections.abc import Mapping
@@ -36,7 +36,7 @@ def widths(programs: Programs) -> dict[str, int]:
     if programs.plates.nesting > 1:
         raise ValueError(
             "Sobol points need latents that lie in the data's plate alone, with the parts of a "
-            "datum in `.to_event(...)`. Use draws='random'."
+            "datum in `.to_event(...)`. Use points='random'."
         )
     found = {}
     for name, site in programs.guide_sites().items():
@@ -47,7 +47,7 @@ def widths(programs: Programs) -> dict[str, int]:
         except NotImplementedError:
             raise ValueError(
                 f"Sobol points need a quantile function, and {name!r} "
-                f"({_innermost(site['fn'])}) has none. Use draws='random'."
+                f"({_innermost(site['fn'])}) has none. Use points='random'."
             ) from None
     return found
 
@@ -117,7 +117,5 @@ def _quantile(d: Any, scores: Tensor) -> Tensor:
     if isinstance(d, torch.distributions.Normal):
         return d.loc + d.scale * scores
     u = torch.special.ndtr(scores)
-    if isinstance(d, torch.distributions.Bernoulli):
-        return (u < d.probs).to(d.probs)
     tiny = torch.finfo(u.dtype).eps
     return d.icdf(u.clamp(tiny, 1 - tiny))

@@ -59,6 +59,12 @@ class Programs:
             cut=cut,
         )
 
+    @property
+    def num_data(self) -> int:
+        """Rows of the first tensor among the arguments."""
+        first = (*self.args, *self.kwargs.values())[0]
+        return len(next(iter(first.values())) if isinstance(first, Mapping) else first)
+
     def with_guide(self, change: Callable[[Program], Program]) -> "Programs":
         """The same model with a guide made of this one."""
         return replace(self, guide=change(self.guide))

@@ -8,9 +8,11 @@ What an amortised guide predicts for a datum is where gradient steps on that dat
 """
 
 import inspect
+import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -27,13 +29,13 @@ from torch.distributions import (
 from pvae.lowering import PACKAGE, CannotLower, Lowered
 from pvae.objectives import ELBO, IWAE, Objective
 from pvae.pair import Columns, Pair
-from pvae.particles import Program, check_count
+from pvae.particles import Particles, Program, check_count
 from pvae.plates import Plates
 from pvae.programs import Programs
 from pvae.sites import ALTERNATIVES
 from pvae.step import Speed
 
-__all__ = ["Refine", "Refinement", "refined"]
+__all__ = ["Refine", "Refinement", "SemiAmortised", "refined"]
 
 Names = Sequence[tuple[str, str]]  # of sites and their parameters
 
@@ -70,6 +72,9 @@ class Refine:
         if self.bound == "ELBO":
             return ELBO(self.num_particles, gradient="pathwise" if score_sites else "stl")
         return IWAE(self.num_particles, "pathwise" if score_sites else "dreg")
+
+
+TRAINING = Refine(10, 1, 0.1, "ELBO")
 
 
 def refined(guide: Program, names: Names, offsets: Sequence[Tensor], plates: Plates) -> Program:
@@ -141,8 +146,80 @@ def _movable(d: Distribution) -> dict[str, Any]:
     return limits
 
 
+class Offsets:
+    """What of a guide can be moved, datum by datum.
+
+    Args:
+        programs: a model and its guide over some data.
+        name: of the model, for messages.
+
+    Attributes:
+        names: of sites and their parameters.
+
+    Raises:
+        ValueError: for a guide without a continuous parameter.
+    """
+
+    def __init__(self, programs: Programs, name: str):
+        sites = programs.guide_sites()
+        own = {key: _movable(_innermost(site["fn"])) for key, site in sites.items()}
+        self.names = [(site, key) for site, limits in own.items() for key in limits]
+        if not self.names:
+            raise ValueError(f"The guide of {name!r} has no continuous parameter to refine.")
+        self.score_sites = [key for key, site in sites.items() if not site["fn"].has_rsample]
+        plates = programs.plates
+        self.like = [_value(sites[site]["fn"], key, plates).detach() for site, key in self.names]
+
+    def zeros(self, num_data: int) -> list[Tensor]:
+        """Offsets that move nothing, (n, *rest) each."""
+        return [values.new_zeros(num_data, *values.shape[1:]) for values in self.like]
+
+    def moved(self, programs: Programs, offsets: Sequence[Tensor]) -> Programs:
+        """The model, and the guide moved."""
+        return programs.with_guide(
+            lambda guide: refined(guide, self.names, offsets, programs.plates)
+        )
+
+    def gradients(
+        self, programs: Programs, objective: Objective, offsets: Sequence[Tensor]
+    ) -> list[Tensor]:
+        """Of minus the objective, by offset."""
+        with torch.enable_grad():
+            leaves = [offset.detach().requires_grad_() for offset in offsets]
+            _, total = objective.estimate(self.moved(programs, leaves))
+            found = torch.autograd.grad(-total, leaves, allow_unused=True)
+        return [torch.zeros_like(o) if g is None else g for o, g in zip(leaves, found, strict=True)]
+
+
+def _value(d: Any, name: str, plates: Plates) -> Tensor:
+    """A parameter of a site, data first: (n, *rest), without particles."""
+    value = getattr(_innermost(d), name)
+    batch = len(d.batch_shape)
+    rows = value.reshape((1,) * (plates.nesting - batch) + value.shape)
+    return rows[(0,) * max(0, batch - plates.nesting)].movedim(plates.nesting + plates.dim, 0)
+
+
+def descend(
+    gradients: Callable[[list[Tensor]], list[Tensor]], offsets: list[Tensor], how: Refine
+) -> list[Tensor]:
+    """Steps of Adam (Kingma & Ba 2015, algorithm 1), as operations that a graph can hold."""
+    beta1, beta2, eps = 0.9, 0.999, 1e-8
+    m = [torch.zeros_like(offset) for offset in offsets]
+    v = [torch.zeros_like(offset) for offset in offsets]
+    for t in range(1, how.steps + 1):
+        lr = how.lr * (1 - (t - 1) / how.steps)
+        g = gradients(offsets)
+        m = [beta1 * a + (1 - beta1) * b for a, b in zip(m, g, strict=True)]
+        v = [beta2 * a + (1 - beta2) * b.square() for a, b in zip(v, g, strict=True)]
+        size, root = lr / (1 - beta1**t), math.sqrt(1 - beta2**t)
+        offsets = [
+            x - size * a / (b.sqrt() / root + eps) for x, a, b in zip(offsets, m, v, strict=True)
+        ]
+    return offsets
+
+
 class Refinement:
-    """Finds the offsets of a block of data.
+    """Finds the offsets of one block of data after another.
 
     Args:
         pair: in evaluation mode, prepared for its data.
@@ -157,30 +234,16 @@ class Refinement:
     ):
         self.pair, self.columns, self.how = pair, columns, how
         programs = pair.programs(columns.observed(block))
-        sites = programs.guide_sites()
-        own = {name: _movable(_innermost(site["fn"])) for name, site in sites.items()}
-        self.names = [(site, name) for site, limits in own.items() for name in limits]
-        if not self.names:
-            raise ValueError(f"The guide of {pair.name!r} has no continuous parameter to refine.")
-        self.rests = [self._rest(sites[site]["fn"], name) for site, name in self.names]
-        self.objective = how.objective([n for n, s in sites.items() if not s["fn"].has_rsample])
+        self.offsets = Offsets(programs, pair.name)
+        self.objective = how.objective(self.offsets.score_sites)
         self.objective.prepare(programs)
         self.shapes = [values.shape for values in block]
         self.lowered: Lowered | None = None
         if speed != "eager":
             self._lower(block, speed == "compiled")
 
-    def _rest(self, d: Any, name: str) -> tuple[int, ...]:
-        """Shape of a parameter but for particles and data, plates that it lacks in front."""
-        nesting, dim = self.pair.plates.nesting, self.pair.plates.dim
-        shape = list(getattr(_innermost(d), name).shape)
-        batch = len(d.batch_shape)
-        shape = [1] * (nesting - batch) + shape[max(0, batch - nesting) :]
-        del shape[nesting + dim]
-        return tuple(shape)
-
     def _lower(self, block: list[Tensor], compile: bool) -> None:
-        example = [*self._start(block), *block]
+        example = [*self.offsets.zeros(len(block[0])), *block]
         try:
             with torch.random.fork_rng():
                 self.lowered = Lowered(self.pair, self._gradients, example)
@@ -190,41 +253,92 @@ class Refinement:
             what = f"The guide is refined without being compiled: {error}."
             warnings.warn(what, skip_file_prefixes=PACKAGE)
 
-    def _start(self, block: list[Tensor]) -> list[Tensor]:
-        like = next((p for p in self.pair.parameters()), block[0])
-        size = len(block[0])
-        return [like.new_zeros(size, *rest) for rest in self.rests]
-
     def _gradients(self, pair: Pair, *tensors: Tensor) -> list[Tensor | None]:
         """Of minus the bound, by offset."""
-        offsets, block = tensors[: len(self.names)], tensors[len(self.names) :]
-        with torch.enable_grad():
-            leaves = [offset.detach().requires_grad_() for offset in offsets]
-            programs = self.programs(pair, block, leaves)
-            _, total = self.objective.estimate(programs)
-            found = torch.autograd.grad(-total, leaves, allow_unused=True)
-        return [torch.zeros_like(o) if g is None else g for o, g in zip(leaves, found, strict=True)]
+        number = len(self.offsets.names)
+        programs = pair.programs(self.columns.observed(tensors[number:]))
+        return [*self.offsets.gradients(programs, self.objective, tensors[:number])]
 
     def programs(self, pair: Pair, block: Sequence[Tensor], offsets: Sequence[Tensor]) -> Programs:
         """The model, and the guide moved by offsets."""
-        return pair.programs(self.columns.observed(block)).with_guide(
-            lambda guide: refined(guide, self.names, offsets, pair.plates)
-        )
+        return self.offsets.moved(pair.programs(self.columns.observed(block)), offsets)
 
     def __call__(self, block: list[Tensor]) -> list[Tensor]:
         """The offsets of these data, (n, *rest) each."""
-        offsets = self._start(block)
-        optimizer = torch.optim.Adam(offsets, lr=self.how.lr)
-        fits = [values.shape for values in block] == self.shapes
-        for i in range(self.how.steps):
-            tensors = [*offsets, *block]
-            if self.lowered is not None and fits:
-                found = self.lowered(*tensors)
-            else:
-                found = self._gradients(self.pair, *tensors)
-            for offset, gradient in zip(offsets, found, strict=True):
-                offset.grad = gradient
-            for group in optimizer.param_groups:
-                group["lr"] = self.how.lr * (1 - i / self.how.steps)
-            optimizer.step()
-        return offsets
+        run: Callable[..., Any] = partial(self._gradients, self.pair)
+        if self.lowered is not None and [values.shape for values in block] == self.shapes:
+            run = self.lowered
+        zeros = self.offsets.zeros(len(block[0]))
+        return descend(lambda offsets: run(*offsets, *block), zeros, self.how)
+
+
+class SemiAmortised(Objective):
+    """An objective on a guide that is refined for each datum of each batch before it is used.
+
+    The guide's networks learn where to begin, and the model learns from where steps end (Kim et
+    al. 2018, without the derivative of the steps themselves). With a guide that depends on no data
+    (`guide="per-datum"`) it is SVI with variational parameters of each datum's own, as it was
+    before amortisation (Hoffman et al. 2013).
+
+    Args:
+        objective: of the refined guide, `ELBO()` where left out.
+        refine: how guides are refined in training.
+    """
+
+    def __init__(self, objective: Objective | None = None, refine: Refine = TRAINING):
+        objective = ELBO() if objective is None else objective
+        super().__init__(objective.num_particles, objective.baseline)
+        self.objective, self.refine = objective, refine
+        self.cuts, self.dreams = objective.cuts, objective.dreams
+        self._offsets: Offsets | None = None
+
+    @property
+    def draws(self) -> int:
+        """Particles drawn for each datum, once its guide is refined."""
+        return self.objective.draws
+
+    def prepare(self, programs: Programs) -> None:
+        """Find what can be moved, and prepare both objectives. Once."""
+        self.objective.prepare(programs)
+        if self._offsets is None:
+            self._offsets = Offsets(programs, "model")
+            self.of_guide = self.refine.objective(self._offsets.score_sites)
+            self.of_guide.prepare(programs)
+
+    def estimate(self, programs: Programs) -> tuple[Particles, Tensor]:
+        """The objective of the refined guide."""
+        return self.objective.estimate(self._refined(programs))
+
+    def draw(self, programs: Programs) -> Particles:
+        """Particles of the refined guide."""
+        return self.objective.draw(self._refined(programs))
+
+    def _refined(self, programs: Programs) -> Programs:
+        assert self._offsets is not None
+        found = self._offsets
+        zeros = found.zeros(programs.num_data)
+
+        def gradients(offsets: list[Tensor]) -> list[Tensor]:
+            return found.gradients(programs, self.of_guide, offsets)
+
+        return found.moved(programs, descend(gradients, zeros, self.refine))
+
+    def value(self, log_weights: Tensor) -> Tensor:
+        """The objective's."""
+        return self.objective.value(log_weights)
+
+    def bound(self, particles: Particles) -> Tensor:
+        """The objective's."""
+        return self.objective.bound(particles)
+
+    def extras(self, particles: Particles) -> dict[str, Tensor]:
+        """The objective's."""
+        return self.objective.extras(particles)
+
+    def at(self, step: int) -> None:
+        """Of a schedule."""
+        self.objective.at(step)
+
+    def fresh(self) -> "SemiAmortised":
+        """A copy that has met no programs yet."""
+        return SemiAmortised(self.objective.fresh(), self.refine)

@@ -238,7 +238,7 @@ class Run:
         with evaluating(self.model), fenced(self.seed, self.device):
             for rows, _ in blocks(len(self.validation), particles, MAX_ROWS, MAX_ROWS):
                 batch = self.validation.rows(rows)
-                drawn = self.model.draw(batch, particles)
+                drawn = self._ours.draw(self.model.programs(batch))
                 sums = {"valid": self._ours.bound(drawn).sum()}
                 if self._ours is not self.objective:
                     loss = self.objective.loss(self.model.model, self.model.guide, batch)

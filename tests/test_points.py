@@ -45,11 +45,6 @@ def test_correlated_draws_have_their_covariance():
     assert_close(_quantile(d, Z), 1 + Z @ L.T)
 
 
-def test_bernoullis_are_one_below_their_probability():
-    d = dist.Bernoulli(torch.tensor([0.1, 0.7])).expand([2, 2])
-    assert_close(_quantile(d, Z.float()), torch.tensor([[1.0, 1.0], [0.0, 0.0]]))
-
-
 def test_each_set_of_points_has_one_in_each_stratum():
     """Of 2^m points, along each axis, for every datum: shifts of bits keep a net a net."""
     K, N, D = 8 * 64, 5, 7

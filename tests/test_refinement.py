@@ -152,7 +152,7 @@ def test_latents_given_other_latents_are_refined_whatever_those_are():
     columns = model.columns(x)
     model.prepare(x)
     find = Refinement(model, columns, columns.tensors(), Refine(1, 2), "eager")
-    assert find.names == [("z1", "loc"), ("z1", "scale"), ("z2", "loc"), ("z2", "scale")]
+    assert find.offsets.names == [("z1", "loc"), ("z1", "scale"), ("z2", "loc"), ("z2", "scale")]
     assert [offset.shape for offset in find(columns.tensors())] == [(5, 3), (5, 3), (5, 2), (5, 2)]
 
 

@@ -80,7 +80,7 @@ class Path:
 
     def _lower(self, compile: bool) -> None:
         with torch.random.fork_rng():
-            z = self.draw()
+            z = self.draw().contiguous()
         example = (z, z.new_full((1, 1), 0.5), *self.block)
         try:
             self.lowered = Lowered(self.pair, self._evaluate, example)
@@ -98,7 +98,7 @@ class Path:
         """log first(z), log p(x, z), (C, n), and the gradient of log f_b, (C, n, D)."""
         b = z.new_full((1, 1), beta)
         if self.lowered is not None:
-            first, joint, gradient = self.lowered(z, b, *self.block)
+            first, joint, gradient = self.lowered(z.contiguous(), b, *self.block)
             return first, joint, gradient
         return tuple(self._evaluate(self.pair, z, b, *self.block))
 

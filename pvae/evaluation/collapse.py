@@ -26,7 +26,7 @@ from pvae.data import DataSpec
 from pvae.evaluation.aggregate import Drawn, information_bounds, log_others
 from pvae.evaluation.result import mean_and_error
 from pvae.fence import evaluating, fenced, resolve_device
-from pvae.pair import Pair
+from pvae.pair import Pair, check_pair
 from pvae.particles import check_count
 
 if TYPE_CHECKING:
@@ -227,6 +227,7 @@ def collapse(
         FloatingPointError: where densities come out as NaN, naming the datum.
     """
     start = time.perf_counter()
+    check_pair(model)
     check_count("num_samples", num_samples)
     place = resolve_device(device)
     columns = model.columns(data).realised()

@@ -170,11 +170,10 @@ def _per_datum(guide: Evaluation, best: Evaluation, log_p: Evaluation) -> "xr.Da
     import xarray as xr
 
     value, error = log_p.log_p.values, _error(log_p)
-    columns = {"log p(x)": (value, error)}
+    columns: dict[str, tuple[Any, Any]] = {"log p(x)": (value, error)}
     for name, result in (("L[q*]", best), ("L[q]", guide)):
-        columns[name] = tuple(
-            result.per_datum[each].sel(particles=1).values for each in ("bound", "bound_se")
-        )
+        found = result.per_datum.sel(particles=1)
+        columns[name] = found["bound"].values, found["bound_se"].values
     for name, (high, low) in {
         "approximation": ("log p(x)", "L[q*]"),
         "amortisation": ("L[q*]", "L[q]"),

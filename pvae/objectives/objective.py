@@ -103,9 +103,13 @@ class Objective(pyro.infer.ELBO, nn.Module):
 
     # ------------------------------------------------------------------ value and gradient
 
+    def draw(self, programs: Programs) -> Particles:
+        """The particles that the objective is a function of."""
+        return programs.draw(self.draws, cut=self.cuts and torch.is_grad_enabled())
+
     def estimate(self, programs: Programs) -> tuple[Particles, Tensor]:
         """Draw particles; the objective summed over data, as a scalar with its gradient."""
-        particles = programs.draw(self.draws, cut=self.cuts and torch.is_grad_enabled())
+        particles = self.draw(programs)
         return particles, self.surrogate(particles)
 
     def surrogate(self, particles: Particles) -> Tensor:
@@ -272,6 +276,6 @@ def _text(value: Any) -> str:
     """The same in every process: a function by its name, a network by its class."""
     if isinstance(value, Mapping):
         return "{" + ", ".join(f"{key!r}: {_text(v)}" for key, v in value.items()) + "}"
-    if isinstance(value, nn.Module):
+    if isinstance(value, nn.Module) and not isinstance(value, Objective):
         return type(value).__name__
     return getattr(value, "__qualname__", None) or re.sub(r" at 0x\w+", "", repr(value))
