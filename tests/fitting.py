@@ -18,13 +18,17 @@ from pvae.pair import Pair
 from tests.exact import LinearGaussian
 
 TRUTH = LinearGaussian.drawn()
-SMALL = {
+NETS = {"latent_size": 2, "hidden": (5,)}
+SMALL = {  # of those that take `binary` data, and draw no discrete latent
     "factor_analysis": {"latent_size": 2},
-    "mixture_of_factor_analysers": {"latent_size": 2, "num_components": 3},
+    "gaussian_vae": NETS,
     "hierarchical_vae": {"latent_sizes": (3, 2), "hidden": (5,), "hidden_top": (4,)},
     "mixture_of_bernoullis": {"num_components": 3},
+    "mixture_of_factor_analysers": {"latent_size": 2, "num_components": 3},
     "mixture_of_gaussians": {"num_components": 3},
+    "mixture_vae": {**NETS, "num_components": 3},
     "ppca": {"latent_size": 2},
+    "vae": NETS,
 }
 
 
@@ -81,7 +85,7 @@ def same(one: Pair, other: Pair) -> bool:
 def declare(name: str) -> LatentModel:
     """A small one of `models/`, always from the same start."""
     torch.manual_seed(0)
-    settings = SMALL.get(name, {"latent_size": 2, "hidden": (5,)})
+    settings: dict[str, Any] = SMALL[name]
     return getattr(models, name)(data_size=6, **settings)
 
 

@@ -1,6 +1,5 @@
 """Weight passes read out of Pyro: the same weights, what draws do not change computed once."""
 
-import importlib
 import math
 import warnings
 import weakref
@@ -22,7 +21,6 @@ from tests.test_lowering import HandWritten, needs_compiler
 
 CPU = torch.device("cpu")
 DRAWING = ["gaussian_vae", "hierarchical_vae", "ppca", "vae"]  # the others sum their latents out
-kept = importlib.import_module("pvae.evaluation.kept")
 
 
 def make(name: str):
@@ -337,7 +335,7 @@ def test_the_weights_of_a_pass_are_let_go_once_they_are_copied(monkeypatch):
             yield own, particles
 
     monkeypatch.setattr(passes, "weigh", watched)
-    monkeypatch.setattr(kept, "weigh", watched)
+    monkeypatch.setattr("pvae.evaluation.kept.weigh", watched)
     monkeypatch.setattr(passes, "MAX_ROWS", 20)
     model = declare("vae")
     pvae.log_weights(model, binary(), 40)
