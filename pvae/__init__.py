@@ -17,12 +17,14 @@ from pvae.evaluation import (
     Comparison,
     Evaluation,
     Gaps,
+    Imputation,
     Sandwich,
     ais,
     collapse,
     compare,
     evaluate,
     gaps,
+    impute,
     sandwich,
 )
 from pvae.inference_data import to_datatree, to_elpd
@@ -43,7 +45,7 @@ from pvae.objectives import (
 from pvae.passes import log_weights
 from pvae.pyro_pair import PyroPair
 from pvae.pyro_svi import from_pyro_svi
-from pvae.refinement import Refine
+from pvae.refinement import Refine, SemiAmortised
 from pvae.svi import Fit, fit, load
 
 from pvae import models  # isort: skip  (declared with the names above)
@@ -68,6 +70,7 @@ __all__ = [
     "ForwardKL",
     "Gaps",
     "Given",
+    "Imputation",
     "Latent",
     "LatentModel",
     "Learned",
@@ -78,6 +81,7 @@ __all__ = [
     "Renyi",
     "ReweightedWakeSleep",
     "Sandwich",
+    "SemiAmortised",
     "WarmUp",
     "ais",
     "bounds",
@@ -95,6 +99,7 @@ __all__ = [
     "fit_ppca",
     "from_pyro_svi",
     "gaps",
+    "impute",
     "load",
     "load_data",
     "log_weights",

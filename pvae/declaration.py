@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
+from pvae.flows import Flow
 from pvae.nets import Net
+from pvae.priors import PseudoInputs
 from pvae.sites import Given, Latent, Learned, Observed, Predicted, Site, SiteModule
 
 if TYPE_CHECKING:
@@ -26,14 +28,16 @@ KINDS = {"latent": Latent, "observed": Observed}
 
 
 def to_json(
-    name: str, sites: Mapping[str, Any], guide: Mapping[str, Latent] | None
+    name: str, sites: Mapping[str, Any], guide: Mapping[str, Latent] | str | None
 ) -> dict[str, Any]:
     """The declaration as plain data."""
     return {
         "format": FORMAT,
         "name": name,
         "sites": {key: _site_to_json(site) for key, site in sites.items()},
-        "guide": None if guide is None else {k: _site_to_json(site) for k, site in guide.items()},
+        "guide": {k: _site_to_json(site) for k, site in guide.items()}
+        if isinstance(guide, Mapping)
+        else guide,
     }
 
 
@@ -51,7 +55,7 @@ def from_json(data: Mapping[str, Any]) -> tuple[str, dict[str, Any], dict[str, L
     try:
         sites = {key: _site_from_json(site) for key, site in data["sites"].items()}
         guide = data["guide"]
-        if guide is not None:
+        if isinstance(guide, Mapping):
             guide = {key: _site_from_json(site) for key, site in guide.items()}
         return data["name"], sites, guide
     except (AttributeError, KeyError, TypeError) as error:
@@ -63,7 +67,7 @@ def _site_to_json(site: Site | Given) -> dict[str, Any]:
         return {"kind": "given", "shape": site.shape, "categories": site.categories}
     out: dict[str, Any] = {
         "kind": "observed" if isinstance(site, Observed) else "latent",
-        "distribution": site.title,
+        "distribution": site.distribution.__name__,
         "shape": list(site.shape),
         "given": list(site.given),
         "net": None if site.net is None else _net_to_json(site.net),
@@ -71,6 +75,9 @@ def _site_to_json(site: Site | Given) -> dict[str, Any]:
     }
     if isinstance(site, Observed):
         out["check_support"] = site.check_support
+        out |= {"missing": True} if site.missing else {}
+    if isinstance(site, Latent) and site.flow:
+        out["flow"] = [step.to_json() for step in site.flow]
     return out
 
 
@@ -81,12 +88,17 @@ def _site_from_json(data: Mapping[str, Any]) -> Any:
     distribution = getattr(pyro_distributions, data["distribution"], None)
     if not (isinstance(distribution, type) and issubclass(distribution, Distribution)):
         raise ValueError(f"pyro.distributions has no distribution {data['distribution']!r}.")
-    options = {"check_support": data["check_support"]} if data["kind"] == "observed" else {}
+    options: dict[str, Any] = {}
+    if data["kind"] == "observed":
+        options["check_support"] = data["check_support"]
+        options["missing"] = data.get("missing", False)
+    elif "flow" in data:
+        options["flow"] = [Flow.from_json(step) for step in data["flow"]]
     return KINDS[data["kind"]](
         distribution,
         tuple(data["shape"]),
         given=tuple(data["given"]),
-        net=None if data["net"] is None else Net.from_json(data["net"]),
+        net=None if data["net"] is None else _net_from_json(data["net"]),
         **{key: _value_from_json(value) for key, value in data["parameters"].items()},
         **options,
     )
@@ -99,6 +111,10 @@ def _net_to_json(net: Any) -> dict[str, Any]:
             "the Python that declares the model, and pass the model when you load its weights."
         )
     return net.to_json()
+
+
+def _net_from_json(data: Mapping[str, Any]) -> Net:
+    return PseudoInputs() if data["net"] == PseudoInputs.__name__ else Net.from_json(data)
 
 
 def _value_to_json(value: Any) -> Any:
@@ -119,7 +135,7 @@ def _value_from_json(value: Any) -> Any:
     shape = tuple(value["shape"]) if isinstance(value["shape"], list) else value["shape"]
     if "learned" in value:
         return Learned(_value_from_json(value["learned"]), shape)
-    return Predicted(Net.from_json(value["predicted"]), shape)
+    return Predicted(_net_from_json(value["predicted"]), shape)
 
 
 # ------------------------------------------------------------------------------ tables
@@ -135,11 +151,12 @@ def table(model: "LatentModel") -> list[tuple[str, ...]]:
             rows.append((name, "given", "", str(model.inputs[name].shape), "", ""))
             continue
         kind = "observed" if isinstance(site, Observed) else "latent"
-        kind += ", summed out" if name in model.summed else ""
+        where = ", where missing" if isinstance(site, Observed) and site.missing else ""
+        kind += f", summed out{where}" if name in model.summed else where and ", or missing"
         rows.append(_row(name, kind, model.module_of(name)))
     for name, module in model.guide_modules.items():
         assert isinstance(module, SiteModule)
-        rows.append(_row(name, "guide", module))
+        rows.append(_row(name, "guide, per datum" if model.per_datum else "guide", module))
     return rows
 
 
@@ -162,6 +179,8 @@ def _row(name: str, kind: str, module: SiteModule) -> tuple[str, ...]:
         parts.append(f"{filled} by {net}")
     elif filled:
         parts.append("standard")
+    if isinstance(site, Latent) and site.flow:
+        parts.append(f"flow by {', '.join(map(str, site.flow))}")
     shape = str(module.event_shape)
     return name, kind, site.title, shape, ", ".join(site.given), "; ".join(parts)
 

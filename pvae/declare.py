@@ -12,6 +12,7 @@ The declaration is data: it prints as a table, draws as a plate diagram, and is 
 Parameters live in the module, never in Pyro's global param store.
 """
 
+import copy
 import json
 import math
 from collections.abc import Iterable, Mapping
@@ -19,7 +20,7 @@ from difflib import get_close_matches
 from graphlib import CycleError, TopologicalSorter
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pyro
 import pyro.distributions as dist
@@ -29,6 +30,8 @@ from torch.distributions import constraints
 
 from pvae import declaration
 from pvae.fence import module_device
+from pvae.flows import is_real
+from pvae.missing import Seen, check_site, filled, refuse, sample_summed
 from pvae.nets import MLP, Input, Net
 from pvae.pair import Batch, Columns, Pair, announce
 from pvae.plates import refuse_supports
@@ -47,18 +50,24 @@ class LatentModel(Pair):
             data, or latents guided before it. A discrete latent without an entry is summed out
             exactly. Left out altogether, each continuous latent gets an amortised diagonal Normal
             (its own distribution where its support is not the real line), from a net like the
-            decoder's.
+            decoder's. "per-datum" gives each the same without a net: every datum has variational
+            parameters of its own, found by gradient steps in training (`SemiAmortised`) as in
+            evaluation (`Refine`).
         name: what tables and files call the model.
         **sites: `Latent`, `Observed` and `Given` sites, parents before children.
 
     Raises:
         TypeError: for a site that is none of these.
         ValueError: for an unknown parent, a cycle, shapes that cannot fit, a guide entry for an
-            unknown or observed site, or a latent neither guided nor summable.
+            unknown or observed site, a latent neither guided nor summable, or a site of which
+            entries may be missing that cannot be integrated out.
     """
 
     def __init__(
-        self, guide: Mapping[str, Latent] | None = None, name: str = "model", **sites: AnySite
+        self,
+        guide: Mapping[str, Latent] | Literal["per-datum"] | None = None,
+        name: str = "model",
+        **sites: AnySite,
     ):
         super().__init__()
         self.name = name
@@ -77,12 +86,44 @@ class LatentModel(Pair):
             self.model_modules[key] = module
             inputs[key] = Input(module.event_shape, module.categories)
         self.inputs = inputs
-        self.guide_was_given = guide is not None
-        self.guide_sites = dict(self._default_guide() if guide is None else guide)
+        self._check_missing()
+        self.per_datum = guide == "per-datum"
+        self.guide_was_given = isinstance(guide, Mapping)
+        self.guide_sites = dict(guide if isinstance(guide, Mapping) else self._made_guide(guide))
         self.guide_modules = nn.ModuleDict()
         self._build_guide()
+        self.categories = self._count_categories()
+
+    def with_missing(self, *names: str) -> "LatentModel":
+        """The same model, parameters and all, for data of which entries may be missing (NaN).
+
+        Args:
+            names: of observed sites, which are then as if declared with `missing=True`; all of them
+                where left out.
+
+        Raises:
+            ValueError: for a site that is not observed, or cannot be integrated out.
+        """
+        other = copy.copy(self)
+        other.sites = dict(self.sites)
+        for name in names or self.observed:
+            site = self.sites.get(name)
+            if not isinstance(site, Observed):
+                known = ", ".join(self.observed)
+                raise ValueError(f"{self.name!r} observes {known}, not {name!r}.")
+            other.sites[name] = site.with_missing()
+        other._check_missing()
+        other.categories = other._count_categories()
+        return other
+
+    def _count_categories(self) -> int:
         supports = [self.module_of(name).prototype.enumerate_support() for name in self.summed]
-        self.categories = math.prod(len(support) for support in supports)
+        return math.prod(len(support) for support in supports)
+
+    def _state_of_model(self) -> Mapping[str, Tensor]:
+        modules = [self.module_of(name) for name in self.model_modules]
+        shares_guide = any(module.pseudo_inputs is not None for module in modules)
+        return self.state_dict() if shares_guide else self.model_modules.state_dict()
 
     @property
     def observed(self) -> list[str]:
@@ -101,8 +142,17 @@ class LatentModel(Pair):
 
     @property
     def summed(self) -> list[str]:
-        """Names of the latents that are summed out, having no guide entry."""
-        return [name for name in self.latents if name not in self.guide_sites]
+        """Names of the latents that are summed out, having no guide entry.
+
+        And of what is summed out where it is missing: an observed site that others are given.
+        """
+        parents = {parent for site in self.sites.values() for parent in _parents(site)}
+        return [
+            name
+            for name, site in self.sites.items()
+            if (isinstance(site, Latent) and name not in self.guide_sites)
+            or (isinstance(site, Observed) and site.missing and name in parents)
+        ]
 
     def module_of(self, name: str) -> SiteModule:
         """The module that holds a model site's nets and free parameters."""
@@ -116,22 +166,32 @@ class LatentModel(Pair):
         assert isinstance(module, SiteModule)
         return module
 
+    def _check_missing(self) -> None:
+        for name in self.observed:
+            site, module = self.sites[name], self.module_of(name)
+            if not (isinstance(site, Observed) and site.missing):
+                continue
+            children = [child for child, other in self.sites.items() if name in _parents(other)]
+            check_site(name, site.title, module.prototype, [] if module.summable else children)
+
     # ---------------------------------------------------------------- the guide
 
-    def _default_guide(self) -> dict[str, Latent]:
+    def _made_guide(self, guide: str | None) -> dict[str, Latent]:
+        if guide not in (None, "per-datum"):
+            raise ValueError(f"`guide` must be entries by latent, or 'per-datum', got {guide!r}.")
         data = tuple(self.observed + self.given)
-        guide = {}
+        made = {}
         for name in self.latents:
             module = self.module_of(name)
             support = module.prototype.support
             if support.is_discrete:
                 continue
-            is_real = support is constraints.real or isinstance(support, constraints.independent)
-            is_real = is_real and _base(support) is constraints.real
-            is_real = is_real or support is constraints.real_vector
-            family = dist.Normal if is_real else module.site.distribution
-            guide[name] = Latent(family, module.site.shape, given=data, net=self._encoder(name))
-        return guide
+            family = dist.Normal if is_real(support) else module.site.distribution
+            if self.per_datum:
+                made[name] = Latent(family, module.site.shape)
+            else:
+                made[name] = Latent(family, module.site.shape, given=data, net=self._encoder(name))
+        return made
 
     def _encoder(self, name: str) -> Net:
         """A net like that of the first site that has `name` among its parents."""
@@ -174,6 +234,29 @@ class LatentModel(Pair):
                     f"{self.inputs[name].shape}) is neither guided nor summable (one discrete "
                     "variable of finite support): give it an entry in `guide`."
                 )
+        for name in self.latents:
+            self._connect_pseudo_inputs(name)
+
+    def _connect_pseudo_inputs(self, name: str) -> None:
+        site, pseudo = self.module_of(name).site, self.module_of(name).pseudo_inputs
+        if pseudo is None:
+            return
+        entry = self.guide_sites.get(name)
+        alike = entry and (entry.distribution, entry.shape) == (site.distribution, site.shape)
+        if not alike or site.parameters or self.module_of(name).flow:
+            raise ValueError(
+                f"PseudoInputs make p({name} | k) the guide's distribution as it is: write both as "
+                f"{site.title} of shape {site.shape}, in the model with neither parameters nor "
+                f"flow; got the guide entry {entry}."
+            )
+        assert entry is not None
+        real = constraints.real
+        supports = {
+            parent: real if parent in self.given else self.module_of(parent).prototype.support
+            for parent in entry.given
+        }
+        parents = {parent: (self.inputs[parent], supports[parent]) for parent in entry.given}
+        pseudo.connect(self.guide_modules[name], parents)
 
     def _guide_module(self, name: str, entry: Latent) -> SiteModule:
         try:
@@ -205,9 +288,13 @@ class LatentModel(Pair):
             for name, site in self.sites.items():
                 if isinstance(site, Given):
                     continue
-                infer: Any = {"enumerate": "parallel"} if name in summed else {}
-                distribution = self.model_modules[name](values)
-                values[name] = pyro.sample(name, distribution, obs=values.get(name), infer=infer)
+                distribution: Any = self.model_modules[name](values)
+                if name in summed:
+                    values[name] = sample_summed(name, distribution, values.get(name))
+                    continue
+                if isinstance(site, Observed) and site.missing:
+                    distribution = Seen(distribution)
+                values[name] = pyro.sample(name, distribution, obs=values.get(name))
         return values
 
     def guide(self, batch: Batch | None = None) -> dict[str, Tensor]:
@@ -220,7 +307,7 @@ class LatentModel(Pair):
             The value of each guided latent.
         """
         announce("guide", self.guide_modules)
-        values = self._by_name(batch)
+        values = {key: self._read(key, value) for key, value in self._by_name(batch).items()}
         drawn = {}
         with pyro.plate("data", len(next(iter(values.values()))), dim=-1):
             for name, module in self.guide_modules.items():
@@ -233,6 +320,12 @@ class LatentModel(Pair):
         own = chain(self.parameters(), self.buffers())
         dtype = next((t.dtype for t in own if t.is_floating_point()), torch.get_default_dtype())
         return {k: v.to(dtype) if v.is_floating_point() else v for k, v in values.items()}
+
+    def _read(self, name: str, value: Tensor) -> Tensor:
+        """What the guide's nets read: zeros in place of what is missing, of indices no category."""
+        site = self.sites.get(name)
+        may = isinstance(site, Observed) and site.missing and self.inputs[name].categories is None
+        return torch.where(value.isnan(), 0.0, value) if may else value
 
     def blank(self, num_data: int, given: Batch | None) -> dict[str, Tensor]:
         """Values of the `Given` sites alone, or as many rows of nothing."""
@@ -279,14 +372,19 @@ class LatentModel(Pair):
                     f"{self.name!r} needs data for {', '.join(names)}, got "
                     f"{', '.join(data) or 'nothing'}."
                 )
-            data = {name: data[name] for name in names}  # what is observed names the run's data
+            names.sort(key=lambda name: name in self.summed)  # labels last: the first names all
+            data = {name: data[name] for name in names}
         elif len(names) > 1:
             raise ValueError(
                 f"{self.name!r} needs several columns of data: pass a dictionary with "
                 f"{', '.join(names)}."
             )
-        columns = Columns(data)
+        may = {name for name in self.observed if getattr(self.sites[name], "missing", False)}
+        columns = Columns(data, {*may, ""} if may else ())
         for name, column in columns.columns.items():
+            if column.spec.missing and (name or names[0]) not in may:
+                observed = (name or names[0]) in self.observed
+                refuse(name or names[0], column.values, self.name, observed)
             self._check_column(name or names[0], column.realised().values)
         return columns
 
@@ -301,6 +399,7 @@ class LatentModel(Pair):
                 f"{', '.join(map(str, shape))}), got {tuple(values.shape)}.{hint}"
             )
         site = self.sites[name]
+        may_be_missing = isinstance(site, Observed) and site.missing
         if isinstance(site, Given):
             support: Any = constraints.independent(constraints.real, len(shape))
             if site.categories:
@@ -312,7 +411,9 @@ class LatentModel(Pair):
         else:
             support = self.module_of(name).prototype.support
         for start in range(0, len(values), 4096):
-            _check_support(name, site, support, values[start : start + 4096], start)
+            some = values[start : start + 4096]
+            some = filled(some, support) if may_be_missing else some
+            _check_support(name, site, support, some, start)
 
     # ---------------------------------------------------------------- the declaration as data
 
@@ -322,8 +423,8 @@ class LatentModel(Pair):
         Raises:
             TypeError: for a net that is a module of the user's own.
         """
-        guide = self.guide_sites if self.guide_was_given else None
-        return declaration.to_json(self.name, self.sites, guide)
+        guide: Any = self.guide_sites if self.guide_was_given else None
+        return declaration.to_json(self.name, self.sites, "per-datum" if self.per_datum else guide)
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any] | str) -> "LatentModel":
@@ -416,12 +517,6 @@ def _check_order(what: str, parents: Mapping[str, tuple[str, ...]], known: Itera
 def _hint(name: str, known: Iterable[str]) -> str:
     near = get_close_matches(name, list(known), 1)
     return f" Did you mean {near[0]!r}?" if near else ""
-
-
-def _base(support: Any) -> Any:
-    while isinstance(support, constraints.independent):
-        support = support.base_constraint
-    return support
 
 
 def _check_support(name: str, site: AnySite, support: Any, values: Tensor, start: int) -> None:

@@ -26,7 +26,15 @@ from pvae.particles import draw
 from pvae.passes import blocks
 from pvae.sites import Predicted, SiteModule
 
-__all__ = ["Intractable", "linear_gaussian", "log_prob", "method", "posterior", "quadrature"]
+__all__ = [
+    "Intractable",
+    "linear_gaussian",
+    "log_prob",
+    "method",
+    "posterior",
+    "quadrature",
+    "quadrature_points",
+]
 
 POINTS = {1: 2049, 2: 129}  # of each latent dimension, to begin with
 MOST_POINTS = {1: 2**17 + 1, 2: 2**11 + 1}
@@ -52,6 +60,13 @@ def method(model: Pair) -> str | None:
     real = all(_is_real(model.module_of(name).prototype.support) for name in continuous)
     size = sum(math.prod(model.inputs[name].shape) for name in continuous)
     return "quadrature" if real and size <= 2 else None
+
+
+def quadrature_points(model: LatentModel) -> int:
+    """How many values of the latents `quadrature` begins with for each datum."""
+    names = [name for name in model.latents if not model.module_of(name).summable]
+    dims = sum(math.prod(model.inputs[name].shape) for name in names)
+    return POINTS[dims] ** dims
 
 
 def log_prob(model: Pair, data: Any) -> Tensor:
@@ -122,7 +137,7 @@ def _is_linear_gaussian(module: SiteModule, summed: set[str]) -> bool:
     only_summed = set(site.given) <= summed
     if module.name in summed:
         return only_summed
-    if site.title not in ("Normal", "MultivariateNormal"):
+    if site.title not in ("Normal", "MultivariateNormal") or module.flow is not None:
         return False
     if only_summed:
         return True
@@ -214,18 +229,29 @@ def _noise(d: Distribution, size: int) -> Tensor:
 def _joint(
     found: dict[str, tuple[Tensor, Tensor]], data: Any, model: LatentModel
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """x - its mean (N, D), and A of x, and the Cholesky factor of its covariance."""
+    """x - its mean (N, D), NaN where missing, A of x (D, size of eps), and its covariance."""
     batch = _columns(model, data).rows(slice(None))
     named: Any = batch if isinstance(batch, dict) else {model.observed[0]: batch}
     x = torch.cat([named[n].flatten(1).double() for n in model.observed], 1)
     mean = [found[n][0].flatten(1).expand(len(x), -1) for n in model.observed]
     A = torch.cat([found[n][1] for n in model.observed])
-    return x - torch.cat(mean, 1), A, torch.linalg.cholesky(A @ A.T)
+    return x - torch.cat(mean, 1), A, A @ A.T
+
+
+def _by_pattern(x: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Rows (n,) of which the same entries are seen, and the numbers of these entries."""
+    patterns, which = torch.unique(~x.isnan(), dim=0, return_inverse=True)
+    for number, seen in enumerate(patterns):
+        yield (which == number).nonzero().squeeze(1), seen.nonzero().squeeze(1)
 
 
 def _observed(found: dict[str, tuple[Tensor, Tensor]], data: Any, model: LatentModel) -> Tensor:
-    centred, _, L = _joint(found, data, model)
-    value = MultivariateNormal(torch.zeros_like(centred[0]), scale_tril=L).log_prob(centred)
+    centred, _, C = _joint(found, data, model)
+    value = centred.new_zeros(len(centred))
+    for rows, seen in _by_pattern(centred):
+        if len(seen):
+            x, L = centred[rows][:, seen], torch.linalg.cholesky(C[seen][:, seen])
+            value[rows] = MultivariateNormal(torch.zeros_like(x[0]), scale_tril=L).log_prob(x)
     return value.to(next(model.parameters()).dtype)
 
 
@@ -249,16 +275,24 @@ def posterior(model: LatentModel, data: Any) -> dict[str, MultivariateNormal]:
             "Normal sites, Linear nets for their means, scales that depend on no parent."
         )
     found = linear_gaussian(model, data)
-    centred, A, L = _joint(found, data, model)
+    centred, A, C = _joint(found, data, model)
     dtype = next(model.parameters()).dtype
     result = {}
     for name in model.latents:
         offset, A_z = found[name]
-        gain = torch.cholesky_solve(A @ A_z.T, L).T
-        mean = offset.flatten(1) + centred @ gain.T
-        covariance = A_z @ A_z.T - gain @ A @ A_z.T
-        covariance = (covariance + covariance.T) / 2
-        result[name] = MultivariateNormal(mean.to(dtype), covariance.to(dtype))
+        mean = offset.flatten(1).expand(len(centred), -1).clone()
+        covariances: list[Tensor] = []
+        which = torch.zeros(len(mean), dtype=torch.long, device=mean.device)
+        for rows, seen in _by_pattern(centred):
+            A_x, L = A[seen], torch.linalg.cholesky(C[seen][:, seen])
+            gain = torch.cholesky_solve(A_x @ A_z.T, L).T
+            mean[rows] += centred[rows][:, seen] @ gain.T
+            which[rows] = len(covariances)
+            covariances.append(A_z @ A_z.T - gain @ A_x @ A_z.T)
+        S = torch.stack(covariances)
+        S = S[which] if len(S) > 1 else S[0]
+        S = (S + S.mT) / 2
+        result[name] = MultivariateNormal(mean.to(dtype), S.to(dtype))
     return result
 
 

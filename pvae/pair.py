@@ -7,8 +7,9 @@ once, on the programs:
     prior -> prior_predictive;   data -> posterior -> reconstruct, interpolate
 """
 
+import hashlib
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import pyro
@@ -20,6 +21,7 @@ from torch.distributions import Distribution, constraints
 
 from pvae.data import Data
 from pvae.fence import evaluating, module_device
+from pvae.missing import Label
 from pvae.particles import Particles, Program, check_count
 from pvae.plates import Plates
 from pvae.programs import Places, Programs, Unobserved
@@ -37,15 +39,18 @@ class Columns:
 
     Args:
         data: `Data`, tensor or array (N, *event), or a mapping from names to these.
+        missing: names of columns in which NaN is allowed, and marks what was not seen.
 
     Raises:
         ValueError: if the columns have different numbers of rows.
     """
 
-    def __init__(self, data: Any):
+    def __init__(self, data: Any, missing: Collection[str] = ()):
         self.named = isinstance(data, Mapping)
         columns = data if self.named else {"": data}
-        self.columns: dict[str, Data] = {name: Data.of(column) for name, column in columns.items()}
+        self.columns: dict[str, Data] = {
+            name: Data.of(column, missing=name in missing) for name, column in columns.items()
+        }
         lengths = {name: len(column) for name, column in self.columns.items()}
         if len(set(lengths.values())) != 1:
             raise ValueError(f"All columns of data need as many rows as each other, got {lengths}.")
@@ -106,6 +111,7 @@ class Pair(nn.Module):
     vectorize_particles = True
     name = "model"
 
+    per_datum = False  # whether the guide is nothing until it is refined for a datum
     categories = 1  # rows that summed latents make of each datum
 
     @property
@@ -158,6 +164,28 @@ class Pair(nn.Module):
             ValueError: for another proposal.
         """
         return self.programs(batch, proposal).draw(num_particles)
+
+    def guided(self, batch: Batch, num_particles: int = 1) -> Particles:
+        """Particles of the guide, refined first where it is "per-datum"."""
+        if not self.per_datum:
+            return self.draw(batch, num_particles)
+        from pvae.refinement import refined_programs
+
+        return refined_programs(self, batch).draw(num_particles)
+
+    def fingerprint(self, guide: bool = False) -> str:
+        """Of the model's parameters and buffers, and the guide's if asked; "" if none are known."""
+        tensors = self.state_dict() if guide else self._state_of_model()
+        content = hashlib.sha256()
+        for name in sorted(tensors):
+            value = tensors[name].detach().cpu().contiguous()
+            content.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+            content.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
+        return content.hexdigest()[:16] if tensors else ""
+
+    def _state_of_model(self) -> Mapping[str, Tensor]:
+        """The state of what p(x, z) depends on; none where that cannot be told."""
+        return {}
 
     def programs(self, batch: Batch, proposal: str = "guide") -> Programs:
         """The model and a proposal over a batch, prepared for it.
@@ -236,7 +264,7 @@ class Pair(nn.Module):
         check_count("num_samples", num_samples)
         batch = self._whole(data)
         with evaluating(self), pyro.validation_enabled(False):
-            return self.draw(batch, num_samples).posterior_values()
+            return self.guided(batch, num_samples).posterior_values()
 
     def encode(self, data: Any, num_samples: int = 16) -> dict[str, Tensor]:
         """Mean of q(z | x) of each latent that the guide draws, (N, *event).
@@ -247,7 +275,7 @@ class Pair(nn.Module):
         """
         batch = self._whole(data)
         with evaluating(self), pyro.validation_enabled(False):
-            particles = self.draw(batch, num_samples)
+            particles = self.guided(batch, num_samples)
         return {
             name: guide_mean(particles, name).mean(0)
             for name in particles.log_q
@@ -339,6 +367,7 @@ class Pair(nn.Module):
             name: torch.stack([_centre(trace.nodes[name]["fn"]) for trace in traces])
             for name in observed
             if isinstance(traces[0].nodes[name]["fn"], Distribution)
+            and not isinstance(traces[0].nodes[name]["fn"], Label)
         }
         return {name: m[0] if self.vectorize_particles else m for name, m in means.items()}
 
@@ -353,6 +382,15 @@ def check_pair(model: Any) -> None:
         hint = ": pass its `model`" if hasattr(model, "model") else ""
         raise TypeError(
             f"`model` must be a LatentModel or a PyroPair, got {type(model).__name__}{hint}."
+        )
+
+
+def check_amortised(model: Pair, what: str) -> None:
+    """Raise for a guide that is nothing until it is refined for a datum."""
+    if model.per_datum:
+        raise ValueError(
+            f"{what} needs a guide that reads data, and that of {model.name!r} is 'per-datum': it "
+            "is the prior until `evaluate` refines it. Declare a guide with nets."
         )
 
 

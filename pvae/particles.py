@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.distributions import Distribution, Independent, kl_divergence
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
+from pvae.missing import Label
 from pvae.plates import Plates, find_plates, samples
 
 __all__ = ["Particles", "Program", "draw", "guide_factors"]
@@ -212,6 +213,16 @@ class Particles:
             mask = mask.reshape(*mask.shape, *(1,) * (value.dim() - 2))
         return scale_and_mask(kl.expand(value.shape), mask=mask)
 
+    def expected(self, values: Tensor, event_dim: int = 0) -> Tensor:
+        """Mean over p(summed | x, z) of values (*enumerated, K, N, *event), (K, N, *event)."""
+        event = values.shape[values.dim() - event_dim :]
+        full = values.expand(*self._joint().shape[:-2], *self.shape, *event)
+        if not self.summed:
+            return full
+        r = self.log_responsibilities().exp()
+        full = full.reshape(-1, *self.shape, *event)
+        return (r.reshape(*r.shape, *(1,) * event_dim) * full).sum(0)
+
     def posterior_values(self) -> dict[str, Tensor]:
         """Drawn values of every latent, (K, N, *event), summed ones drawn from p(c | x, z)."""
         drawn = {name: self.values[name] for name in self.log_q}
@@ -388,7 +399,11 @@ def _collect(
         values={name: site["value"] for name, site in {**model_sites, **guide_sites}.items()},
         model_sites={name: site["fn"] for name, site in model_sites.items()},
         guide_sites={name: site["fn"] for name, site in guide_sites.items()},
-        observed=tuple(name for name, site in model_sites.items() if site["is_observed"]),
+        observed=tuple(
+            name
+            for name, site in model_sites.items()
+            if site["is_observed"] and not isinstance(site["fn"], Label)
+        ),
         summed=tuple(sorted(summed, key=lambda n: -model_sites[n]["infer"]["_enumerate_dim"])),
         scales={name: _scale(site, plates) for name, site in model_sites.items()},
         guide_scales={name: _scale(site, plates) for name, site in guide_sites.items()},

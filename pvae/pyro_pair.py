@@ -11,12 +11,14 @@ those of a module are in the module itself.
 import inspect
 import math
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import pyro
 import torch
 from pyro import poutine
+from pyro.distributions import Delta
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
@@ -114,6 +116,10 @@ class PyroPair(Pair):
         """Run both programs once to learn parameters, plates and the shape of a datum."""
         if self._example is not None:
             return
+        with _buffers_kept([*self.modules_used, *_modules_named(*self._programs)]):
+            self._prepare(batch)
+
+    def _prepare(self, batch: Batch) -> None:
         try:
             self._start_from_global_store(batch)
             self.plates = find_plates(self.model, self.guide, (batch,), {})
@@ -128,6 +134,7 @@ class PyroPair(Pair):
         with torch.no_grad(), torch.random.fork_rng(), poutine.block():
             guided = poutine.trace(self.guide).get_trace(batch)
             trace = poutine.trace(poutine.replay(self.model, trace=guided)).get_trace(batch)
+        _check_auxiliary(guided)
         sites = (trace.nodes[name] for name in trace.stochastic_nodes if name not in guided.nodes)
         left: dict[Any, Any] = {
             site["name"]: site["fn"] for site in sites if not site_is_subsample(site)
@@ -216,6 +223,36 @@ def _arguments(batch: Batch) -> tuple[tuple, dict[str, Any]]:
     if isinstance(batch, Mapping):
         return (), dict(batch)
     return (batch,), {}
+
+
+@contextmanager
+def _buffers_kept(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Put back what a run changes in modules that are in training, such as moments."""
+    before = [(b, b.detach().clone()) for module in modules for b in module.buffers()]
+    try:
+        yield
+    finally:
+        for buffer, value in before:
+            buffer.detach().copy_(value)
+
+
+def _check_auxiliary(guided: poutine.Trace) -> None:
+    """Raise for a draw of the guide alone which no latent is a function of.
+
+    Its density belongs into the weights only if the model has one for it (Ranganath et al. 2016).
+    """
+    sites = [guided.nodes[name] for name in guided.stochastic_nodes]
+    auxiliary: Any = [site for site in sites if (site["infer"] or {}).get("is_auxiliary")]
+    if auxiliary and not any(isinstance(_innermost(site["fn"]), Delta) for site in sites):
+        raise ValueError(
+            f"The guide draws {auxiliary[0]['name']!r}, which the model does not have, and draws "
+            "its latents given that: log q(z | x) would be an integral over it. Make the latents a "
+            "function of it (a Delta site), or draw them without it."
+        )
+
+
+def _innermost(d: Any) -> Any:
+    return _innermost(d.base_dist) if hasattr(d, "base_dist") else d
 
 
 def _owners(*programs: Callable[..., Any]) -> list[nn.Module]:

@@ -28,14 +28,14 @@ from torch.distributions import (
 
 from pvae.lowering import PACKAGE, CannotLower, Lowered
 from pvae.objectives import ELBO, IWAE, Objective
-from pvae.pair import Columns, Pair
+from pvae.pair import Batch, Columns, Pair
 from pvae.particles import Particles, Program, check_count
 from pvae.plates import Plates
 from pvae.programs import Programs
 from pvae.sites import ALTERNATIVES
 from pvae.step import Speed
 
-__all__ = ["Refine", "Refinement", "SemiAmortised", "refined"]
+__all__ = ["ALONE", "FROM_THE_PRIOR", "Refine", "Refinement", "SemiAmortised", "refined"]
 
 Names = Sequence[tuple[str, str]]  # of sites and their parameters
 
@@ -74,7 +74,9 @@ class Refine:
         return IWAE(self.num_particles, "pathwise" if score_sites else "dreg")
 
 
-TRAINING = Refine(10, 1, 0.1, "ELBO")
+FROM_AN_ENCODER = Refine(10, 4, 0.05, "ELBO")  # in training
+FROM_THE_PRIOR = Refine(20, 1, 0.3, "ELBO")
+ALONE = Refine(200, 8, 0.1, "ELBO")  # in evaluation, where no encoder begins
 
 
 def refined(guide: Program, names: Names, offsets: Sequence[Tensor], plates: Plates) -> Program:
@@ -272,6 +274,17 @@ class Refinement:
         return descend(lambda offsets: run(*offsets, *block), zeros, self.how)
 
 
+def refined_programs(pair: Pair, batch: Batch) -> Programs:
+    """A model and its guide, refined for these data from where no encoder begins."""
+    programs = pair.programs(batch)
+    offsets = Offsets(programs, pair.name)
+    objective = ALONE.objective(offsets.score_sites)
+    objective.prepare(programs)
+    zeros = offsets.zeros(programs.num_data)
+    found = descend(lambda o: offsets.gradients(programs, objective, o), zeros, ALONE)
+    return offsets.moved(programs, found)
+
+
 class SemiAmortised(Objective):
     """An objective on a guide that is refined for each datum of each batch before it is used.
 
@@ -282,10 +295,12 @@ class SemiAmortised(Objective):
 
     Args:
         objective: of the refined guide, `ELBO()` where left out.
-        refine: how guides are refined in training.
+        refine: how guides are refined in training. Left out, `Refine(10, 4, 0.05, "ELBO")`, from
+            where an encoder begins; `fit` takes `Refine(20, 1, 0.3, "ELBO")` for a guide that is
+            "per-datum" and no objective of this kind.
     """
 
-    def __init__(self, objective: Objective | None = None, refine: Refine = TRAINING):
+    def __init__(self, objective: Objective | None = None, refine: Refine = FROM_AN_ENCODER):
         objective = ELBO() if objective is None else objective
         super().__init__(objective.num_particles, objective.baseline)
         self.objective, self.refine = objective, refine

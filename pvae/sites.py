@@ -3,6 +3,7 @@
     Latent(Normal, 50)                                        N(0, I)
     Observed(Bernoulli, 784, given="z", net=MLP(200, 200))    logits are outputs of the net
     Observed(Normal, 64, given="z", net=Linear(), scale=Learned(0.1))
+    Latent(Normal, 50, given="x", net=MLP(200, 200), flow=IAF(64))    its draws pass through a flow
 
 Each parameter named in the distribution's own `arg_constraints` is one of: a constant, a free
 parameter (`Learned`), an output of the site's net or of a net of its own (`Predicted`), or, with
@@ -11,8 +12,10 @@ none of these, the image of zero. Free and predicted ones are mapped into the pa
 So N(0, I) and the uniform Categorical are what zeros mean, and any distribution works.
 """
 
+import copy
 import inspect
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any
@@ -23,7 +26,9 @@ from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Tensor, nn
 from torch.distributions import Distribution, constraints, transform_to
 
+from pvae.flows import Flow, Flows
 from pvae.nets import Input, Lookup, Net, Shape
+from pvae.priors import AtPseudoInputs
 
 __all__ = ["Given", "Latent", "Learned", "Observed", "Predicted", "Site", "SiteModule"]
 
@@ -159,8 +164,31 @@ class Site:
         return self.distribution.__name__
 
 
+@dataclass(frozen=True, init=False)
 class Latent(Site):
-    """An unobserved variable, in the model its prior, in the guide its variational posterior."""
+    """An unobserved variable, in the model its prior, in the guide its variational posterior.
+
+    Args:
+        flow: one step or several of a flow, through which the distribution's draws pass.
+
+    Raises:
+        TypeError: for a step that is none.
+    """
+
+    flow: tuple[Flow, ...] = ()
+
+    def __init__(self, *args: Any, flow: Flow | Sequence[Flow] = (), **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        steps = (flow,) if isinstance(flow, Flow) else tuple(flow)
+        for step in steps:
+            if not isinstance(step, Flow):
+                raise TypeError(f"`flow` takes steps such as pvae.flows.IAF(64), got {step!r}.")
+        object.__setattr__(self, "flow", steps)
+
+    @property
+    def title(self) -> str:
+        """Name of the distribution, told from the same one without a flow."""
+        return f"{super().title} through flow" if self.flow else super().title
 
 
 @dataclass(frozen=True, init=False)
@@ -170,13 +198,26 @@ class Observed(Site):
     Args:
         check_support: set to False to take data outside the distribution's support, such as grey
             levels under a Bernoulli, whose "log p(x)" is then no log-probability.
+        missing: whether entries of the data may be missing, which NaN marks: log p(x) is then that
+            of the entries that were seen. One discrete variable that other sites are given is
+            summed out where it was not seen.
     """
 
     check_support: bool = True
+    missing: bool = False
 
-    def __init__(self, *args: Any, check_support: bool = True, **kwargs: Any):
+    def __init__(
+        self, *args: Any, check_support: bool = True, missing: bool = False, **kwargs: Any
+    ):
         super().__init__(*args, **kwargs)
         object.__setattr__(self, "check_support", check_support)
+        object.__setattr__(self, "missing", missing)
+
+    def with_missing(self) -> "Observed":
+        """The same site, of which entries may be missing."""
+        other = copy.copy(self)
+        object.__setattr__(other, "missing", True)
+        return other
 
 
 def _pyro_class(distribution: type[Distribution]) -> Any:
@@ -265,14 +306,18 @@ class SiteModule(nn.Module):
         self.nets = nn.ModuleDict()
         for key, value in named.items():
             self._add(key, value, inputs)
+        steps = site.flow if isinstance(site, Latent) else ()
+        context = {"context": steps[0].hidden[:1]} if steps and site.net is not None else {}
         if site.net is None:
             for key in fill:
                 self._add(key, self._image_of_zero(key), inputs)
         elif not fill:
             raise ValueError(f"Site {name!r} has a net, and no parameter left for it to predict.")
         else:
-            self._add_net("", site.net, inputs, {key: self.shapes[key] for key in fill})
+            outputs = {key: self.shapes[key] for key in fill}
+            self._add_net("", site.net, inputs, outputs | context)
         self._infer_event()
+        self.flow = self._build_flow(steps, context) if steps else None
 
     def _add(self, key: str, value: Any, inputs: list[Input]) -> None:
         free = isinstance(value, Learned | Predicted)
@@ -354,6 +399,17 @@ class SiteModule(nn.Module):
         self.prototype = d.to_event(self.event_dims)
         self.event_shape: Shape = tuple(self.prototype.event_shape)
 
+    def _build_flow(self, steps: Sequence[Flow], context: Mapping[str, Shape]) -> Flows:
+        try:
+            return Flows(steps, self.prototype, math.prod(context["context"]) if context else 0)
+        except ValueError as error:
+            raise ValueError(f"Site {self.name!r}: {error}") from None
+
+    @property
+    def pseudo_inputs(self) -> AtPseudoInputs | None:
+        """The net that has the guide's distribution in place of the site's own, if that is so."""
+        return next((net for net in self.nets.values() if isinstance(net, AtPseudoInputs)), None)
+
     def _distribution(self, parameters: Mapping[str, Tensor]) -> Any:
         options = {
             key: getattr(self, f"constant_{key}") if isinstance(value, Tensor) else value
@@ -410,15 +466,19 @@ class SiteModule(nn.Module):
     def forward(self, values: Mapping[str, Tensor]) -> Distribution:
         """The distribution given its parents' values, batch dimensions leading in both."""
         parents = [values[name] for name in self.site.given]
+        if self.pseudo_inputs is not None:
+            return self.pseudo_inputs(*parents)
         raw: dict[str, Tensor] = {}
         for net in self.nets.values():
             raw |= net(*parents)
         raw = {key: _in_full(value) for key, value in raw.items()}
+        context = raw.pop("context", None)
         parameters = {
             key: transform_to(self.constraints[key])(raw[key]) if key in raw else self._fixed(key)
             for key in self.shapes
         }
-        return self._distribution(parameters).to_event(self.event_dims)
+        d = self._distribution(parameters).to_event(self.event_dims)
+        return d if self.flow is None else self.flow(d, context)
 
 
 def _in_full(value: Tensor) -> Tensor:

@@ -28,6 +28,7 @@ from pvae.inference_data import fit_to_datatree
 from pvae.objectives import ELBO, Objective
 from pvae.pair import Pair
 from pvae.particles import check_count
+from pvae.refinement import FROM_THE_PRIOR, SemiAmortised
 from pvae.step import Speed
 from pvae.training import Run
 
@@ -177,6 +178,8 @@ def fit(
     """
     _check_kinds(model, objective, optimizer)
     objective = ELBO() if objective is None else objective
+    if model.per_datum and not isinstance(objective, SemiAmortised):
+        objective = SemiAmortised(_ours(objective), FROM_THE_PRIOR)
     if epochs is None and steps is None:
         epochs = 100
     if patience is not None and validation is None:
@@ -240,6 +243,15 @@ def _check_kinds(model: Any, objective: Any, optimizer: Any) -> None:
             "`optimizer` must be a torch.optim class, or a function of (parameters, lr=), such as "
             f"torch.optim.Adam; got {optimizer!r}."
         )
+
+
+def _ours(objective: pyro.infer.ELBO) -> Objective:
+    if not isinstance(objective, Objective):
+        raise ValueError(
+            f"{type(objective).__name__} cannot refine the guide of each datum, which is "
+            "'per-datum'. Use one of pvae's objectives, such as pvae.ELBO()."
+        )
+    return objective
 
 
 def _check_objective(model: Pair, objective: pyro.infer.ELBO) -> None:

@@ -11,7 +11,9 @@ from torch import nn
 
 import pvae
 from pvae import Given, Latent, LatentModel, Learned, Observed, Predicted
+from pvae.flows import IAF, MAF, SplineCoupling
 from pvae.nets import MLP, Conv, Deconv, Linear, Table
+from pvae.priors import PseudoInputs
 
 
 def vae() -> LatentModel:
@@ -39,6 +41,21 @@ def everything() -> LatentModel:
     )
 
 
+def with_flows() -> LatentModel:
+    """A prior that is the guide's at pseudo-inputs, a guide that passes through flows."""
+    steps = [IAF(8), SplineCoupling(7, 6), MAF(8)]
+    return LatentModel(
+        k=Latent(dist.Categorical, 3),
+        z=Latent(dist.Normal, 2, given="k", net=PseudoInputs()),
+        y=Latent(dist.Normal, 2, given="z", net=Linear(), flow=MAF(5)),
+        x=Observed(dist.Bernoulli, 4, given="y", net=MLP(5)),
+        guide={
+            "z": Latent(dist.Normal, 2, given="x", net=MLP(5), flow=steps),
+            "y": Latent(dist.Normal, 2, given=("z", "x"), net=MLP(5)),
+        },
+    )
+
+
 def through_text(model: LatentModel) -> LatentModel:
     return LatentModel.from_json(json.dumps(model.to_json()))
 
@@ -46,7 +63,7 @@ def through_text(model: LatentModel) -> LatentModel:
 # ------------------------------------------------------------------------------ JSON
 
 
-@pytest.mark.parametrize("declare", [vae, everything])
+@pytest.mark.parametrize("declare", [vae, everything, with_flows])
 def test_a_declaration_survives_json(declare):
     model = declare()
     read = through_text(model)
@@ -81,6 +98,19 @@ def test_the_same_weights_give_the_same_log_weights_after_json():
     read.load_state_dict(model.state_dict())
     expected = pvae.log_weights(model, data, num_particles=3)
     assert torch.equal(pvae.log_weights(read, data, num_particles=3), expected)
+
+
+def test_flows_and_pseudo_inputs_weigh_the_same_after_json():
+    model, data = with_flows(), torch.rand(6, 4).round()
+    read = through_text(model)
+    assert read.guide_sites["z"].flow == (IAF(8), SplineCoupling(7, 6), MAF(8))
+    read.load_state_dict(model.state_dict())
+    expected = pvae.log_weights(model, data, num_particles=3)
+    assert torch.equal(pvae.log_weights(read, data, num_particles=3), expected)
+
+
+def test_a_declaration_without_flows_says_nothing_of_them():
+    assert "flow" not in json.dumps(vae().to_json())
 
 
 def test_a_guide_left_out_is_left_out_after_json():
@@ -134,6 +164,11 @@ def changed(path: tuple[str, ...], value: object) -> dict:
         ),
         (changed(("sites", "x", "net", "more"), 1), "damaged: TypeError.*'more'"),
         (changed(("sites", "x", "net", "activation"), "exec"), "no activation 'exec'"),
+        (
+            changed(("sites", "z", "flow"), [{"flow": "exec", "hidden": [3]}]),
+            r"names the flow 'exec', which is not one of pvae's \(IAF, MAF, SplineCoupling\)",
+        ),
+        (changed(("sites", "z", "flow"), [{"flow": "IAF"}]), r"damaged: KeyError\('hidden'\)"),
         (changed(("sites",), 3), "damaged: AttributeError"),
         (changed(("sites", "x", "given"), ["q"]), "The site 'x' is given 'q', which is unknown"),
         (
@@ -200,6 +235,12 @@ def test_the_table_tells_where_each_parameter_comes_from():
     assert lines["vobserved"].endswith("scale_tril = tensor(2, 2); loc by Linear()")
     assert " (1, 5, 5) " in lines["xobserved"]
     assert " z, y " in lines["xobserved"]
+    lines = str(with_flows()).splitlines()
+    assert lines[3].endswith("loc, scale by PseudoInputs()")
+    assert lines[4].endswith("loc, scale by Linear(); flow by MAF(hidden=(5,))")
+    assert lines[6].endswith(
+        "flow by IAF(hidden=(8,)), SplineCoupling(hidden=(7, 6)), MAF(hidden=(8,))"
+    )
     own = LatentModel(
         z=Latent(dist.Normal, 2),
         x=Observed(dist.Bernoulli, 3, given="z", net=nn.Sequential(nn.Linear(2, 3))),
@@ -229,7 +270,9 @@ def test_a_model_is_drawn_as_a_plate_diagram():
     assert "x ~ Bernoulli" in source
 
 
-@pytest.mark.parametrize("declare", [everything, lambda: pvae.models.mixture_of_gaussians(3, 2)])
+@pytest.mark.parametrize(
+    "declare", [everything, with_flows, lambda: pvae.models.mixture_of_gaussians(3, 2)]
+)
 def test_any_model_can_be_drawn(declare):
     model = declare()
     source = model.render().source

@@ -23,6 +23,7 @@ SMALL = {
     "latent_sizes": (3, 2),
     "hidden": (5,),
     "hidden_top": (4,),
+    "hidden_flow": (6,),
     "num_components": 3,
     "categories": 3,
     "num_latents": 2,
@@ -35,6 +36,7 @@ VARIANTS = {
     "categorical_vae": [{"guided": True}],
     "conv_vae": [{"image_shape": (3, 5, 4), "pixels": "normal"}],
     "count_vae": [{"counts": "poisson"}],
+    "flow_vae": [{"flow": "spline"}],
     "gaussian_vae": [{"sigma": 0.1}, {"sigma": "per pixel"}, {"sigma": "predicted"}],
     "ladder_vae": [{"latent_sizes": (4, 3, 2)}],
     "mixture_of_gaussians": [{"covariance": form} for form in ("full", "tied", "spherical")],
@@ -206,7 +208,7 @@ def test_every_site_is_sampled_in_its_shape(model, data):
     for name, value in model.prior_predictive(20, given).items():
         assert tuple(value.shape) == (20, *shapes[name])
     posterior = model.posterior(data, num_samples=3)
-    assert set(posterior) == set(model.latents)
+    assert set(posterior) == {*model.latents, *model.summed}
     for name, value in posterior.items():
         assert tuple(value.shape) == (3, 20, *shapes[name])
     for name, value in model.reconstruct(data).items():

@@ -504,3 +504,39 @@ def test_deterministic_sites_keep_their_shape():
     assert drawn["twice"].shape == (5,)
     assert torch.equal(drawn["twice"], 2 * drawn["z"])
     assert not torch.equal(drawn["x"], drawn["twice"])
+
+
+def test_draws_of_the_guide_alone_on_which_latents_depend_are_refused():
+    """log q(z | x) would be an integral over them, and "bounds" lie above log p(x)."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            a = pyro.sample("a", dist.Normal(0.0, 3.0), infer={"is_auxiliary": True})
+            pyro.sample("z", dist.Normal(x / 2 + 0.1 * a, 0.7))
+
+    with pytest.raises(ValueError, match="The guide draws 'a', which the model does not have"):
+        pvae.evaluate(PyroPair(model, guide), torch.zeros(3), 10)
+
+
+def test_the_first_run_of_a_pair_leaves_moments_of_its_networks_as_they_were():
+    net = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
+
+    def guide(x):
+        pyro.module("net", net)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(net(x), 1.0).to_event(1))
+
+    before = {name: value.clone() for name, value in net.named_buffers()}
+    pvae.evaluate(PyroPair(model, guide, vectorize_particles=False), torch.randn(20, 2), 3)
+    for name, value in net.named_buffers():
+        assert torch.equal(value, before[name]), name

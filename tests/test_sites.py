@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from pvae.flows import IAF
 from pvae.nets import MLP, Input, Linear, Table
 from pvae.sites import Given, Latent, Learned, Observed, Predicted, Site, SiteModule
 
@@ -474,6 +475,9 @@ def test_sites_are_values():
     )
     assert Latent(dist.Normal, 2) != Latent(dist.Normal, 3)
     assert Latent(dist.Normal, 2) != Observed(dist.Normal, 2)
+    assert Latent(dist.Normal, 2, flow=IAF(3)) == Latent(dist.Normal, 2, flow=[IAF(3)])
+    assert Latent(dist.Normal, 2, flow=IAF(3)) != Latent(dist.Normal, 2, flow=[IAF(3), IAF(3)])
+    assert Latent(dist.Normal, 2, flow=IAF(3)) != Latent(dist.Normal, 2)
     assert Given(3) == Given(3)
     with pytest.raises(AttributeError, match="cannot assign"):
         Latent(dist.Normal, 2).shape = (3,)

@@ -26,7 +26,14 @@ def as_rows(data: Any, size: int | None = None) -> Tensor:
 
     Raises ValueError on NaN or infinity, or when D is not `size`.
     """
-    values = Data.of(data).realised().values
+    found = Data.of(data).realised()
+    if found.spec.missing:
+        raise ValueError(
+            f"Data {found.spec.name!r} have missing entries (NaN), and baselines take none: fill "
+            "them in, or declare the model with `Observed(..., missing=True)` and fit it by "
+            "pvae.fit."
+        )
+    values = found.values
     x = values.reshape(len(values), -1)
     if size is not None and x.shape[1] != size:
         raise ValueError(

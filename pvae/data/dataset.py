@@ -6,7 +6,7 @@ Where a split is resampled, `values` are the source's grey levels in [0, 1] and 
 anew: a Bernoulli bit per grey level (dynamic binarisation, Salakhutdinov & Murray 2008; Burda,
 Grosse & Salakhutdinov 2016), or uniform noise within each level (dequantisation, Uria, Murray &
 Larochelle 2013; Theis, van den Oord & Bethge 2016), then standardised where the specification says
-so. Otherwise `values` are what is observed.
+so. Otherwise `values` are what is observed; where the specification says so, NaN marks what is not.
 """
 
 import hashlib
@@ -14,6 +14,7 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -58,7 +59,7 @@ class Data(Dataset[Tensor]):
             object.__setattr__(self, "_affine", self.spec.affine(self.values))
 
     @classmethod
-    def of(cls, data: Any, name: str | None = None) -> "Data":
+    def of(cls, data: Any, name: str | None = None, *, missing: bool = False) -> "Data":
         """Wrap what holds data, whole; a `Data` stays as it is.
 
         A tensor, a NumPy array or anything `numpy.asarray` reads; a pandas frame, whose column
@@ -67,6 +68,11 @@ class Data(Dataset[Tensor]):
         one and its label. Values become float32, or stay float64; those of an .npy file are mapped
         into memory, not read, where they are such numbers. Each entry along the first dimension is
         a datum.
+
+        Args:
+            data: see above.
+            name: whose, for errors and results; found from the data where left out.
+            missing: whether NaN is allowed, and marks what was not seen; see also `masked`.
 
         Raises:
             TypeError: if the values are no real numbers.
@@ -79,7 +85,7 @@ class Data(Dataset[Tensor]):
             raise TypeError(
                 f"Data {name or 'tensor'!r} are splits: pass one of them, such as `.train`."
             )
-        rows = read_rows(data, name)
+        rows = read_rows(data, name, missing=missing)
         if not isinstance(rows, Rows):
             raise TypeError(
                 f"{str(data)!r} holds splits: load it by `load_data`, and pass one of them, such "
@@ -99,6 +105,7 @@ class Data(Dataset[Tensor]):
             dequantisation="none",
             levels=rows.levels,
             seed=seed,
+            missing=rows.missing,
         )
         return cls(rows.values, rows.labels, spec)
 
@@ -124,12 +131,37 @@ class Data(Dataset[Tensor]):
         labels = None if self.labels is None else self.labels[index]
         return replace(self, values=self.values[index], labels=labels)
 
+    def masked(self, mask: Any) -> "Data":
+        """The same data of which only some entries were seen, NaN in place of the others.
+
+        Args:
+            mask: True where an entry was seen, bool (N, *event_shape), or (*event_shape) for all.
+
+        Raises:
+            TypeError: for a mask that is not of bool.
+            ValueError: for one of another shape.
+        """
+        seen = torch.as_tensor(np.asarray(mask.cpu() if isinstance(mask, Tensor) else mask))
+        shapes = tuple(self.values.shape), self.spec.event_shape
+        if seen.dtype != torch.bool:
+            raise TypeError(f"`mask` must be of bool, True where seen, got {seen.dtype}.")
+        if tuple(seen.shape) not in shapes:
+            raise ValueError(
+                f"`mask` must have shape {shapes[0]} for data {self.spec.name!r}, or {shapes[1]} "
+                f"for each datum alike, got {tuple(seen.shape)}."
+            )
+        values = self.values.masked_fill(~seen.to(self.values.device), math.nan)
+        some = self.spec.missing or not bool(seen.all())
+        return replace(self, values=values, spec=replace(self.spec, missing=some))
+
     def observed(self, values: Tensor) -> Tensor:
         """Rows of `values` as a model sees them; a fresh draw if `resampled`."""
         return self._noisy(values, torch.rand_like(values)) if self.resampled else values
 
     def _noisy(self, values: Tensor, uniform: Tensor) -> Tensor:
         noisy = observe(values, uniform, self.spec)
+        if self.spec.missing:
+            noisy = torch.where(values.isnan(), values, noisy)
         if self._affine is None:
             return noisy
         location, scale = self._affine
@@ -161,7 +193,10 @@ class Data(Dataset[Tensor]):
         values = self.realised().values
         digest = hashlib.sha256(f"{len(values)} {math.prod(self.spec.event_shape)}".encode())
         for rows in values.split(4096):  # float64 by parts: the whole would double the memory
-            digest.update(rows.to("cpu", torch.float64).numpy().tobytes())
+            whole = rows.to("cpu", torch.float64)
+            if self.spec.missing:  # of which there are several, with other bits
+                whole = whole.masked_fill(whole.isnan(), math.nan)
+            digest.update(whole.numpy().tobytes())
         return digest.hexdigest()[:16]
 
     def __repr__(self) -> str:

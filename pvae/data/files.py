@@ -26,10 +26,11 @@ IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".pgm", ".p
 PARTS = ("train", "valid", "test")
 
 
-def read_file(path: Path, name: str | None = None) -> Rows | Parted:
+def read_file(path: Path, name: str | None = None, missing: bool = False) -> Rows | Parted:
     """Read a file by its ending, or a folder of images.
 
-    Errors name the path; results name `name`, or the file without its ending.
+    Errors name the path; results name `name`, or the file without its ending. NaN, and in tables
+    nothing between commas, is allowed where it marks what is missing.
 
     Raises:
         FileNotFoundError: if nothing is there.
@@ -47,7 +48,7 @@ def read_file(path: Path, name: str | None = None) -> Rows | Parted:
             f"{str(path)!r} is no data file that can be read: expected {', '.join(SUFFIXES)}, or a "
             "folder of images."
         )
-    rows = reader(path)
+    rows = reader(path, missing)
     title = name or (path.name if path.is_dir() else path.stem)
     if isinstance(rows, Rows):
         return rows._replace(name=title)
@@ -68,7 +69,7 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
         raise _unreadable(path, error) from error
 
 
-def _read_npy(path: Path) -> Rows:
+def _read_npy(path: Path, missing: bool) -> Rows:
     """Floating numbers stay in the file, mapped into memory, and are never written to."""
     try:
         array = np.load(path, mmap_mode="c", allow_pickle=False)
@@ -78,23 +79,25 @@ def _read_npy(path: Path) -> Rows:
         array.close()
         raise _unreadable(path, "it is an archive of arrays; name it .npz")
     if array.dtype in (np.float32, np.float64) and array.size:  # of this machine's byte order
-        return from_values(torch.from_numpy(array), str(path))
-    return from_values(array, str(path))
+        return from_values(torch.from_numpy(array), str(path), missing=missing)
+    return from_values(array, str(path), missing=missing)
 
 
-def _read_npz(path: Path) -> Rows | Parted:
+def _read_npz(path: Path, missing: bool) -> Rows | Parted:
     """One array and perhaps "labels"; or "train", "valid", "test", perhaps "train_labels", ..."""
     arrays = read_arrays(path)
     named = {key for key in arrays if not key.endswith("labels")}
     labelled = {key + "_labels" for key in named} if len(named) > 1 else {"labels"}
     if named == set(PARTS) and set(arrays) <= named | labelled:
         return {
-            part: from_values(arrays[part], f"{path}: {part}", arrays.get(f"{part}_labels"))
+            part: from_values(
+                arrays[part], f"{path}: {part}", arrays.get(f"{part}_labels"), missing=missing
+            )
             for part in PARTS
         }
     if len(named) == 1 and set(arrays) <= named | labelled:
         (key,) = named
-        return from_values(arrays[key], str(path), arrays.get("labels"))
+        return from_values(arrays[key], str(path), arrays.get("labels"), missing=missing)
     held = ", ".join(f"{key} {array.shape}" for key, array in arrays.items()) or "nothing"
     raise ValueError(
         f"{str(path)!r} must hold one array, with or without `labels`; or `train`, `valid` and "
@@ -103,7 +106,7 @@ def _read_npz(path: Path) -> Rows | Parted:
     )
 
 
-def _read_csv(path: Path) -> Rows:
+def _read_csv(path: Path, missing: bool) -> Rows:
     """With a header of names, or without one where each word of the first line is a number."""
     import pandas as pd
 
@@ -127,10 +130,10 @@ def _read_csv(path: Path) -> Rows:
             f"The first column of {str(path)!r} has no name, so it looks like the numbers of the "
             "rows that pandas writes. Write it by `to_csv(path, index=False)`, or name the column."
         )
-    return from_frame(frame, str(path))
+    return from_frame(frame, str(path), missing)
 
 
-def _read_parquet(path: Path) -> Rows:
+def _read_parquet(path: Path, missing: bool) -> Rows:
     import pandas as pd
 
     try:
@@ -141,10 +144,10 @@ def _read_parquet(path: Path) -> Rows:
         ) from error
     except (ValueError, OSError) as error:  # pyarrow's errors are these
         raise _unreadable(path, error) from error
-    return from_frame(frame, str(path))
+    return from_frame(frame, str(path), missing)
 
 
-def _read_folder(path: Path) -> Rows | Parted:
+def _read_folder(path: Path, missing: bool) -> Rows | Parted:
     """Pictures in it; or in subfolders, one a class; or both in train, valid and test."""
     inside = _classes(path)
     if "train" in inside:
@@ -236,7 +239,7 @@ def _unreadable(path: Path, error: Exception | str) -> ValueError:
     return ValueError(f"The data file {str(path)!r} cannot be read: {error}")
 
 
-READERS: Mapping[str, Callable[[Path], Rows | Parted]] = {
+READERS: Mapping[str, Callable[[Path, bool], Rows | Parted]] = {
     ".npy": _read_npy,
     ".npz": _read_npz,
     ".csv": _read_csv,

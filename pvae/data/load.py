@@ -42,6 +42,7 @@ def load_data(
     standardisation: str = "none",
     root: str | Path | None = None,
     flatten: bool = True,
+    missing: bool = False,
     seed: int = 0,
 ) -> Splits:
     """Load a data set by name, or split one's own, into train, valid and test.
@@ -86,6 +87,8 @@ def load_data(
             Missing files are downloaded there; with all in place it is only read.
         flatten: make each datum a vector, as `MLP` takes it. Otherwise images are
             (colours, height, width), as `Conv` takes them, and arrays keep their shape.
+        missing: whether NaN in data of one's own is allowed, and marks what was not seen: for sites
+            declared `Observed(..., missing=True)`. Of a known set see `Data.masked`.
         seed: of splits that are made here, of generated data, and of all noise that is drawn once.
             The caller's random state is not touched.
 
@@ -107,7 +110,7 @@ def load_data(
     elif isinstance(info, TableInfo):
         splits = _table_splits(str(source), info, seed)
     else:
-        splits = _own_splits(source, dequantisation, seed)
+        splits = _own_splits(source, dequantisation, seed, missing)
     _check_range(splits, binarisation, dequantisation)
     parts = [
         _with_noise(_flat(data) if flatten else data, binarisation, dequantisation)
@@ -152,11 +155,11 @@ def _table_splits(name: str, info: TableInfo, seed: int) -> Splits:
     return _parted(data, torch.arange(len(data)).split(info.splits))
 
 
-def _own_splits(source: Any, dequantisation: str, seed: int) -> Splits:
+def _own_splits(source: Any, dequantisation: str, seed: int, missing: bool) -> Splits:
     """A user's rows, permuted and parted in 80, 10 and 10 % unless they come in parts."""
     if isinstance(source, Data):
         raise TypeError("`load_data` splits arrays, got a Data. Pass its `values` to split those.")
-    rows = read_rows(source, seed=seed)
+    rows = read_rows(source, seed=seed, missing=missing)
     if not isinstance(rows, Rows):
         return Splits(
             **{
@@ -216,8 +219,9 @@ def _check_range(splits: Splits, binarisation: str, dequantisation: str) -> None
             f"{spec.name!r} is binary as published, got binarisation={binarisation!r}. Leave that "
             "out."
         )
-    lowest = min(float(data.values.min()) for data in splits)
-    highest = max(float(data.values.max()) for data in splits)
+    values = [d.values.nan_to_num(0.5) if d.spec.missing else d.values for d in splits]
+    lowest = min(float(part.min()) for part in values)
+    highest = max(float(part.max()) for part in values)
     if lowest < 0 or highest > 1:
         raise ValueError(
             f"binarisation={binarisation!r} needs values in [0, 1], the array's go from "
@@ -235,7 +239,10 @@ def _with_noise(data: Data, binarisation: str, dequantisation: str) -> Data:
     """Binarise or dequantise grey levels; all noise but that of a train split is drawn here."""
     spec = replace(data.spec, binarisation=binarisation, dequantisation=dequantisation)
     if binarisation == "threshold":
-        return replace(data, values=(data.values > 0.5).to(data.values.dtype), spec=spec)
+        bits = (data.values > 0.5).to(data.values.dtype)
+        if spec.missing:
+            bits = torch.where(data.values.isnan(), data.values, bits)
+        return replace(data, values=bits, spec=spec)
     if binarisation == dequantisation == "none":
         return replace(data, spec=spec)
     noisy = replace(data, spec=spec, resampled=True)

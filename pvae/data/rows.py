@@ -3,7 +3,7 @@
     tensor, array, frame, file, Dataset, DataLoader  --read_rows-->  Rows: values, labels
 
 Values become float32, or stay float64; each entry along the first dimension is a datum. That they
-are finite is checked in one place, `check_finite`.
+are finite is checked in one place, `check_finite`; NaN marks what is missing where that is allowed.
 """
 
 import sys
@@ -25,11 +25,12 @@ class Rows(NamedTuple):
     """What was read.
 
     Attributes:
-        values: (N, *event), finite, float32 or float64.
+        values: (N, *event), finite or NaN, float32 or float64.
         labels: (N,) int64, or None.
         name: of the file, else "tensor", "frame" or the class of the `Dataset`.
         dtype: of the source, such as "uint8" or "torch.uint8".
         levels: number of grey levels where `values` are these in [0, 1]; None for values as given.
+        missing: whether some values are NaN, which were not seen.
     """
 
     values: Tensor
@@ -37,12 +38,15 @@ class Rows(NamedTuple):
     name: str
     dtype: str
     levels: int | None = None
+    missing: bool = False
 
 
 Parted = dict[str, Rows]  # train, valid and test as a source has them
 
 
-def read_rows(source: Any, name: str | None = None, seed: int = 0) -> Rows | Parted:
+def read_rows(
+    source: Any, name: str | None = None, seed: int = 0, missing: bool = False
+) -> Rows | Parted:
     """Read all rows of a source.
 
     Args:
@@ -50,6 +54,7 @@ def read_rows(source: Any, name: str | None = None, seed: int = 0) -> Rows | Par
             of a file or folder; a `Dataset` with a length, or a `DataLoader`.
         name: whose, for errors and results; found from the source where left out.
         seed: of what a `Dataset` or a `DataLoader` draws from torch's generator, which is put back.
+        missing: whether NaN is allowed, and marks what was not seen.
 
     Raises:
         TypeError: if the values are no real numbers.
@@ -59,19 +64,23 @@ def read_rows(source: Any, name: str | None = None, seed: int = 0) -> Rows | Par
     if isinstance(source, str | Path):
         from pvae.data.files import read_file
 
-        return read_file(Path(source).expanduser(), name)
+        return read_file(Path(source).expanduser(), name, missing)
     if isinstance(source, DataLoader | Dataset):
         return _from_dataset(
-            source, name or type(getattr(source, "dataset", source)).__name__, seed
+            source, name or type(getattr(source, "dataset", source)).__name__, seed, missing
         )
     pandas = sys.modules.get("pandas")  # whoever has a frame has imported it
     if pandas is not None and isinstance(source, pandas.DataFrame):
-        return from_frame(source, name or "frame")
-    return from_values(source, name or "tensor")
+        return from_frame(source, name or "frame", missing)
+    return from_values(source, name or "tensor", missing=missing)
 
 
 def from_values(
-    data: Any, name: str, labels: Any = None, columns: Sequence[str] | None = None
+    data: Any,
+    name: str,
+    labels: Any = None,
+    columns: Sequence[str] | None = None,
+    missing: bool = False,
 ) -> Rows:
     """A tensor or what `numpy.asarray` reads, checked; `columns` are the names of a table's."""
     values = data.detach() if isinstance(data, Tensor) else _numpy_tensor(data, name)
@@ -84,24 +93,33 @@ def from_values(
     dtype = str(getattr(data, "dtype", values.dtype))
     if values.dtype != torch.float64:
         values = values.to(torch.float32)
-    check_finite(values, name, columns)
-    return Rows(values, None if labels is None else _labels(labels, name), name, dtype)
+    found = check_finite(values, name, columns, missing)
+    own = None if labels is None else _labels(labels, name)
+    return Rows(values, own, name, dtype, missing=found)
 
 
-def check_finite(values: Tensor, name: str, columns: Sequence[str] | None = None) -> None:
+def check_finite(
+    values: Tensor, name: str, columns: Sequence[str] | None = None, missing: bool = False
+) -> bool:
     """Raise ValueError for NaN or infinity, naming the row and the column or pixel.
 
     The only place where this is decided, for data from every source.
+
+    Returns:
+        Whether there is a NaN, where it is allowed.
     """
-    bad, first = 0, None
+    bad, first, found = 0, None, False
     for start, rows in _blocks(values):
         wrong = ~rows.reshape(len(rows), -1).isfinite()
+        if missing and wrong.any():
+            absent = rows.reshape(len(rows), -1).isnan()
+            found, wrong = found or bool(absent.any()), wrong & ~absent
         if first is None and wrong.any():
             row, place = divmod(int(wrong.flatten().nonzero()[0]), wrong.shape[1])
             first = start + row, place, float(rows.reshape(len(rows), -1)[row, place])
         bad += int(wrong.any(dim=1).sum())
     if first is None:
-        return
+        return found
     row, place, value = first
     if columns is not None:
         where = f", column {columns[place]!r}"
@@ -114,10 +132,11 @@ def check_finite(values: Tensor, name: str, columns: Sequence[str] | None = None
         f"Data {name!r} has NaN or infinite values in {bad} of {len(values)} rows, the first is "
         f"row {row}{where}: {value} (rows and places count from 0). Drop or fill them in before "
         "loading."
+        + ("" if missing else " Where NaN marks what was not seen, say so by `missing=True`.")
     )
 
 
-def from_frame(frame: Any, name: str) -> Rows:
+def from_frame(frame: Any, name: str, missing: bool = False) -> Rows:
     """A pandas frame: a column "label" becomes labels, the others must be numbers.
 
     Labels that are no whole numbers are numbered in their order.
@@ -148,10 +167,10 @@ def from_frame(frame: Any, name: str) -> Rows:
     whole = all(is_integer_dtype(dtype) or is_bool_dtype(dtype) for dtype in table.dtypes)
     single = whole or all(str(dtype).lower() == "float32" for dtype in table.dtypes)
     values = table.to_numpy(np.float32 if single else np.float64, na_value=np.nan)
-    return from_values(values, name, labels, columns)
+    return from_values(values, name, labels, columns, missing)
 
 
-def _from_dataset(source: Any, name: str, seed: int) -> Rows:
+def _from_dataset(source: Any, name: str, seed: int, missing: bool) -> Rows:
     values: list[Tensor] = []
     labels: list[Tensor] = []
     with torch.random.fork_rng(devices=[]):
@@ -170,7 +189,8 @@ def _from_dataset(source: Any, name: str, seed: int) -> Rows:
         raise ValueError(f"Data {name!r} must have a datum or more, got none.")
     if labels and len(labels) != len(values):
         raise ValueError(f"Data {name!r} must have labels for all items or for none.")
-    return from_values(torch.cat(values), name, torch.cat(labels) if labels else None)
+    known = torch.cat(labels) if labels else None
+    return from_values(torch.cat(values), name, known, missing=missing)
 
 
 def _items(source: Any, name: str) -> Iterator[Any]:

@@ -47,6 +47,7 @@ class DataSpec:
         seed: of the split, and of noise that is drawn once.
         location, scale: what was subtracted from each of the datum's dimensions, in order, and
             what it was divided by; empty where data are not standardised.
+        missing: whether some entries were not seen, which are NaN.
     """
 
     name: str
@@ -59,6 +60,7 @@ class DataSpec:
     seed: int
     location: tuple[float, ...] = field(default=(), repr=False)  # as many as an image has pixels
     scale: tuple[float, ...] = field(default=(), repr=False)
+    missing: bool = False
 
     def __post_init__(self) -> None:
         check_noise(self.binarisation, self.dequantisation, self.standardisation)
@@ -91,7 +93,8 @@ class DataSpec:
         """What to add to a log-density of values as stored for one of values as measured, in nats.
 
         Measured are a table's own numbers, and an image's levels 0, 1, ..., `levels` - 1, or level
-        + U[0, 1) where dequantised. Zero for bits, and for what is stored as given.
+        + U[0, 1) where dequantised. Zero for bits, and for what is stored as given. Of data of
+        which entries are missing it is that of a datum without.
         """
         unit = 1  # of the measured values, in which [0, 1] is stored
         if self.levels is not None and self.binarisation == "none":
@@ -137,7 +140,8 @@ class DataSpec:
         if self.scale:
             numbers = json.dumps([self.location, self.scale]).encode()
             scaled = f", columns standardised ({hashlib.sha256(numbers).hexdigest()[:8]})"
-        return f"{self.name}, {self._values()}{scaled}, {self.dimensions} dimensions"
+        partly = ", some missing" if self.missing else ""
+        return f"{self.name}, {self._values()}{scaled}, {self.dimensions} dimensions{partly}"
 
     def _values(self) -> str:
         if self.binarisation == "threshold":

@@ -140,7 +140,8 @@ def observed_matrix(particles: Particles) -> Tensor:
     dtype = particles.log_weights.dtype
     values = [particles.values[name] for name in particles.observed]
     size = particles.shape[1]
-    return torch.cat([value.reshape(size, -1).to(dtype) for value in values], 1)
+    rows = [value.reshape(size, -1).to(dtype).nan_to_num(0.0) for value in values]  # NaN: missing
+    return torch.cat(rows, 1)
 
 
 def without_each(log_weights: Tensor, power: float, baseline: str) -> Tensor:
