@@ -30,6 +30,7 @@ __all__ = [
     "tvo",
 ]
 
+ZERO = float(np.finfo(np.float32).min) / 4  # the log-weight that stands for -inf
 FEWEST_DRAWS = 30  # with fewer, the tail has five draws or less, and ArviZ's fit fails
 
 
@@ -270,7 +271,7 @@ def psis(log_weights: Tensor) -> tuple[Tensor, Tensor]:
         return estimate, torch.as_tensor(khat)
     some = np.isfinite(values).any(1)
     # Weights of zero say nothing about the upper tail, but ArviZ needs finite numbers.
-    whole = np.maximum(values, np.finfo(np.float32).min / 4)
+    whole = np.maximum(values, ZERO)
     largest, r_eff = _top(whole)
     spread, beyond = _spread(largest, num_draws, torch.finfo(log_weights.dtype).eps)
     khat[(spread <= 0) & some] = 0.0
@@ -279,9 +280,9 @@ def psis(log_weights: Tensor) -> tuple[Tensor, Tensor]:
     if fits.any():
         with np.errstate(over="ignore"):  # of a k-hat in the hundreds; the largest weight stays
             smoothed, khat[fits] = array_stats.psislw(-largest[fits], axis=1, r_eff=r_eff)
-        estimate[torch.as_tensor(fits)] = torch.as_tensor(
-            _log_mean(whole[fits], largest[fits], smoothed)
-        )
+        found = torch.as_tensor(_log_mean(whole[fits], largest[fits], smoothed))
+        usual = estimate[torch.as_tensor(fits)]
+        estimate[torch.as_tensor(fits)] = torch.where(found.isnan(), usual, found)
     return estimate, torch.as_tensor(khat)
 
 
@@ -291,7 +292,7 @@ def _spread(largest: Any, num_draws: int, eps: float) -> tuple[Any, Any]:
     Below the range of a float ArviZ's fit fails without a word, and leaves its prior, which looks
     good: k-hat 0.05 for 1,000 particles of which one has all the weight.
     """
-    size = math.floor(min(num_draws / 5, 3 * math.sqrt(num_draws)))  # as many as ArviZ takes
+    size = _tail_size(num_draws)
     tail = np.partition(largest, largest.shape[1] - size)[:, -size:]
     spread = tail.max(1) - tail.min(1)
     rounding = 64 * eps * np.maximum(1, np.abs(tail).max(1))
@@ -299,13 +300,19 @@ def _spread(largest: Any, num_draws: int, eps: float) -> tuple[Any, Any]:
     return np.where(spread > rounding, spread, 0.0), tail.max(1) - quartile > 600
 
 
+def _tail_size(num_draws: int) -> int:
+    """How many weights ArviZ takes for the tail."""
+    return math.floor(min(num_draws / 5, 3 * math.sqrt(num_draws)))
+
+
 def _log_mean(values: Any, largest: Any, smoothed: Any) -> Any:
     """log of the mean weight, with the largest as smoothed: ArviZ gives these normalised.
 
-    The smallest of them is not smoothed, and tells what they were normalised by.
+    The largest that is not smoothed tells what they were normalised by. NaN where that is zero.
     """
-    least = largest.argmin(1)[:, None]
-    total = np.take_along_axis(largest, least, 1) - np.take_along_axis(smoothed, least, 1)
+    at = largest.argsort(1)[:, -_tail_size(values.shape[1]) - 1, None]
+    known = np.take_along_axis(largest, at, 1)
+    total = np.where(known > ZERO / 2, known - np.take_along_axis(smoothed, at, 1), math.nan)
     rest = values.shape[1] - largest.shape[1]
     if rest:
         small = np.partition(values, rest)[:, :rest].astype(np.float64)

@@ -47,6 +47,7 @@ __all__ = [
     "to_elpd",
 ]
 
+LARGE = 1_000_000  # draws, for which the threshold of k-hat is at its most
 CANDIDATES = 10  # weighed draws of the guide for each draw that resampling keeps
 
 
@@ -205,7 +206,7 @@ class _Draws:
         z: list[Values] = []
         log_w = []
         for size in _portions(total, together):
-            particles = self.pair.draw(batch, size)
+            particles = self.pair.guided(batch, size)
             log_w.append(particles.log_weights)
             each = {}
             for name, value in particles.posterior_values().items():
@@ -386,8 +387,8 @@ def fit_to_datatree(fit: "Fit", data: Any = None, num_samples: int = 200, **how:
 def evaluation_to_datatree(evaluation: "Evaluation") -> "xr.DataTree":
     """The groups `per_datum` and `per_unit` of an evaluation, which keeps no draws; in nats.
 
-    Attributes tell the model, the data and their specification (JSON), how log p(x) was found, and
-    versions.
+    Attributes tell the model with a fingerprint of its parameters, the data and their specification
+    (JSON), how log p(x) was found, with the seed of the draws, and versions.
     """
     import xarray as xr
 
@@ -414,6 +415,10 @@ def evaluation_to_datatree(evaluation: "Evaluation") -> "xr.DataTree":
     }
     if evaluation.target_se is not None:  # netCDF has no None
         tree.attrs["target_se"] = evaluation.target_se
+    if evaluation.parameters:
+        tree.attrs["parameters"] = evaluation.parameters
+    if evaluation.seed is not None:
+        tree.attrs["seed"] = evaluation.seed
     if evaluation.check is not None:
         tree.attrs["check"] = evaluation.check.how
     return tree
@@ -431,22 +436,22 @@ def to_elpd(evaluation: "Evaluation") -> Any:
 
     Returns:
         `arviz_stats.ELPDDataLOO`: `elpd_i` log p(x), exact or a lower bound, (datum,), nats; `elpd`
-        their sum; `pareto_k` the k-hat of the weights, None where too few were drawn; `p` NaN,
-        since no effective number of parameters is known.
+        their sum; `pareto_k` the k-hat of the weights, and where that is unknown infinite for a
+        bound, which ArviZ counts as bad and leaves out of the plot, and zero for an exact value;
+        `p` NaN, since no effective number of parameters is known.
     """
     import numpy as np
+    import xarray as xr
     from arviz_stats import ELPDDataLOO
 
     log_p = evaluation.log_p.reset_coords(drop=True).rename("elpd_i")
     log_p = log_p.assign_coords(datum=np.arange(log_p.size))
-    khat = evaluation.per_datum.get("khat")
-    if khat is not None and bool(khat.isnull().all()):
-        khat = None
-    if khat is not None:
-        khat = khat.rename("pareto_k").assign_coords(datum=log_p.datum)
+    unknown = xr.full_like(log_p, math.nan)
+    khat = evaluation.per_datum.get("khat", unknown).assign_coords(datum=log_p.datum)
+    khat = khat.fillna(0.0 if evaluation.is_exact else math.inf).rename("pareto_k")
     fewest = int(evaluation.per_datum.get("draws", torch.tensor(evaluation.num_particles)).min())
-    good_k = None if khat is None else bounds.khat_threshold(fewest)
-    optional: Any = {"pareto_k": khat, "good_k": good_k}
+    judged = not math.isnan(evaluation.failing)
+    good_k = bounds.khat_threshold(fewest if judged else LARGE)
     return ELPDDataLOO(
         elpd=float(log_p.sum()),
         se=math.sqrt(log_p.size) * float(log_p.std(ddof=1)) if log_p.size > 1 else math.nan,
@@ -456,5 +461,6 @@ def to_elpd(evaluation: "Evaluation") -> Any:
         scale="log",
         warning=not evaluation.is_exact and evaluation.failing != 0,
         elpd_i=log_p,
-        **optional,
+        pareto_k=khat,
+        good_k=good_k,
     )

@@ -79,7 +79,7 @@ def training_curves(fits: Fit | Mapping[str, Fit]) -> "Figure":
     for axes in panels.values():
         _leave_out_the_start(axes)
     panels[""].set_xlabel("epoch (thick: validation, where there is any; thin: training)")
-    panels[""].legend(frameon=False, fontsize=8, loc="lower right")
+    panels[""].legend(frameon=False, fontsize=8)
     return figure
 
 
@@ -163,7 +163,8 @@ def _finish_bounds(axes: "Axes", results: Mapping[str, Evaluation]) -> None:
     grids = [r.per_datum["particles"].values for r in results.values() if "bound" in r.per_datum]
     sizes = sorted({int(size) for grid in grids for size in grid})
     axes.set_xscale("log")
-    axes.set_xticks(sizes, [f"{k}\n(ELBO)" if k == 1 else f"{k}" for k in sizes])
+    is_elbo = all(result.label(1) == "ELBO" for result in results.values())
+    axes.set_xticks(sizes, [f"{k}\n(ELBO)" if k == 1 and is_elbo else f"{k}" for k in sizes])
     axes.minorticks_off()
     axes.legend(frameon=False, fontsize=8)
 
@@ -296,6 +297,7 @@ def _draw_images(axes: "Axes", images: Tensor, row_names: Sequence[str]) -> None
         canvas = ((canvas - low) / (high - low)).clamp(0, 1).nan_to_num(PAPER)
     axes.imshow(canvas[:-gap, :-gap].squeeze(-1).numpy(), cmap="gray_r", vmin=low, vmax=high)
     axes.set_facecolor((PAPER,) * 3)
+    axes.grid(False)  # whatever the caller's style says
     axes.set_xticks([])
     middles = [row * (height + gap) + (height - 1) / 2 for row in range(len(row_names))]
     axes.set_yticks(middles, row_names)

@@ -1,5 +1,7 @@
 """ArviZ's own functions on pvae's trees: summaries, plots, k-hats, comparisons."""
 
+from dataclasses import replace
+
 import arviz as az
 import numpy as np
 import pytest
@@ -7,6 +9,7 @@ import torch
 from matplotlib import pyplot
 
 import pvae
+from tests.exact import TwoCategoricals
 from tests.fitting import binary
 from tests.test_inference_data import TRUTH, VAGUE, X
 
@@ -46,6 +49,21 @@ def test_arviz_draws_khats(spread):
     plot = az.plot_khat(pvae.to_elpd(result))
     drawn = plot.viz["khat"]["pareto_k"].item().get_offsets()[:, 1]
     np.testing.assert_allclose(drawn, result.per_datum["khat"])
+
+
+def test_arviz_draws_and_compares_bounds_without_khats_and_exact_values():
+    """A bound without k-hat is no good one, so that it is counted as bad, and is not drawn."""
+    truth, x = TwoCategoricals.drawn(), torch.arange(4)
+    chains = pvae.ais(TRUTH.declared(), X, 4, num_temperatures=10)
+    lone = replace(chains, per_datum=chains.per_datum.drop_vars("exact"))
+    enumerated = pvae.evaluate(truth.declared(), x)
+    for result, khats in ((lone, []), (chains, [0.0] * 5), (enumerated, [0.0] * 4)):
+        elpd = pvae.to_elpd(result)
+        offsets = az.plot_khat(elpd).viz["khat"]["pareto_k"].item().get_offsets()
+        assert offsets[:, 1].compressed().tolist() == khats
+        bad = 0 if khats else 5
+        assert f"(1, Inf)   (very bad)    {bad}" in str(elpd)
+    az.compare({"AIS": pvae.to_elpd(lone), "exact": pvae.to_elpd(chains)})
 
 
 def test_arviz_compares_log_p():

@@ -331,3 +331,13 @@ def test_a_tail_of_one_value_above_the_rest_is_no_tail():
     """As it comes of a guided category: the largest six of thirty weights are equal."""
     parts = [torch.full((6,), 0.4667), torch.full((7,), 0.1276), torch.full((17,), -0.299)]
     assert bounds.pareto_khat(torch.cat(parts).unsqueeze(1)) == 0
+
+
+@pytest.mark.parametrize(("num_draws", "zeros"), [(200, 1), (200, 60), (1000, 700), (5000, 4500)])
+def test_psis_of_weights_of_which_some_are_zero(num_draws, zeros):
+    """What is zero lowers the mean, and says nothing of the tail."""
+    rest = 0.3 * torch.randn(num_draws - zeros, 5).double() - 50
+    log_w = torch.cat([torch.full((zeros, 5), -math.inf), rest])[torch.randperm(num_draws)]
+    assert_close(bounds.psis(log_w)[0], bounds.iwae(log_w), rtol=0, atol=0.1)
+    expected = -50 + 0.3**2 / 2 + math.log(1 - zeros / num_draws)
+    assert_close(bounds.psis(log_w)[0].mean().item(), expected, rtol=0, atol=0.1)

@@ -137,6 +137,12 @@ def nested() -> PyroPair:
         (TRUTH.pair, 5, {"num_particles": 100}, "must be a multiple of 8 with Sobol points"),
         (TRUTH.pair, 5, {"grid": [20]}, r"With Sobol points `grid` must lie in 1..8, or be K"),
         (TRUTH.pair, 5, {"proposal": "defensive"}, "The defensive proposal is drawn at random"),
+        (
+            TRUTH.pair,
+            5,
+            {"target_se": 0.1, "max_particles": 100},
+            "`max_particles` must be a multiple of 8 with Sobol points, got 100",
+        ),
         (TRUTH.pair, 5, {"points": "halton"}, "`points` must be 'random' or 'sobol', got 'halton'"),
     ],
     ids=lambda case: "",

@@ -16,7 +16,16 @@ if TYPE_CHECKING:
 
     from pvae.evaluation.result import Evaluation
 
-__all__ = ["Agreement", "estimate", "mean_and_error", "pooled_error", "sentences"]
+__all__ = [
+    "ROUNDING",
+    "Agreement",
+    "counted",
+    "estimate",
+    "mean_and_error",
+    "nats_apart",
+    "pooled_error",
+    "sentences",
+]
 
 BEYOND = 4.0  # standard errors
 CHANCE = 0.01  # share of data that are beyond it at times, where few draws have skewed weights
@@ -93,21 +102,21 @@ class Agreement:
 
     def told(self) -> str:
         """Where the second is higher or lower, "higher for 3 of 10 data (by 0.69 nats) and ..."."""
-        apart = f"{abs(self.mean[0]):.3f} +- {self.error_of_mean:.3f} nats"
+        apart = nats_apart(self.mean[0], self.error_of_mean, places=3)
         if self.agrees:
             within = (~(self.higher | self.lower)).sum()
             return (
                 f"within {BEYOND:.0f} standard errors for {within} of {self.higher.size} data and "
-                f"in the mean over data ({apart} apart)"
+                f"in the mean over data ({apart.removeprefix('by ')} apart)"
             )
         parts = []
         for word, where in (("higher", self.higher), ("lower", self.lower)):
             if where.any():
-                by = abs(self.difference[where].mean())
-                parts.append(f"{word} for {where.sum()} of {where.size} data (by {by:.2f} nats)")
+                by = nats_apart(self.difference[where].mean())
+                parts.append(f"{word} for {where.sum()} of {where.size} data ({by})")
         if self.in_the_mean:
             word = "higher" if self.in_the_mean > 0 else "lower"
-            parts.append(f"{word} in the mean over data (by {apart})")
+            parts.append(f"{word} in the mean over data ({apart})")
         return " and ".join(parts)
 
 
@@ -131,6 +140,20 @@ def mean_and_error(values: Any) -> tuple[float, float]:
 def pooled_error(errors: Any) -> float:
     """Standard error over draws of a mean over data, whose draws are independent."""
     return float(np.sqrt((np.asarray(errors) ** 2).sum()) / errors.size)
+
+
+def nats_apart(difference: float, error: float = math.inf, places: int = 2) -> str:
+    """By how much two log-probabilities differ, and its error where that is known: in words."""
+    if math.isinf(difference):
+        return "infinitely"
+    known = "" if math.isinf(error) else f" +- {error:.{places}f}"
+    return f"by {abs(difference):.{places}f}{known} nats"
+
+
+def counted(number: int, noun: str) -> str:
+    """Such as "1 particle" and "2 data"."""
+    several = f"{noun[:-2]}a" if noun.endswith("datum") else f"{noun}s"
+    return f"{number} {noun if number == 1 else several}"
 
 
 def sentences(result: "Evaluation") -> list[str]:
@@ -169,7 +192,12 @@ def _looseness(result: "Evaluation", where: Any) -> str:
     doubted = int((where & result.fails.values).sum())
     if doubted == where.sum():
         return f"{bound}, as k-hat says"
+    if doubted:
+        return (
+            f"k-hat doubts {doubted} of these data; for the others {result.how} miss part of the "
+            "posterior, and their bound is loose"
+        )
     return (
-        f"k-hat doubts {doubted or 'none'} of these data, so {result.how} miss part of the "
-        "posterior there, and their bound is loose"
+        f"k-hat doubts none of these data, so {result.how} miss part of the posterior there, and "
+        "their bound is loose"
     )

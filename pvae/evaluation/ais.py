@@ -21,7 +21,7 @@ from pvae.evaluation.kept import bounds_of, measure_of
 from pvae.evaluation.latents import Start
 from pvae.evaluation.result import Evaluation
 from pvae.fence import evaluating, fenced, resolve_device
-from pvae.pair import Columns, Pair, check_pair
+from pvae.pair import Columns, Pair, check_amortised, check_pair
 from pvae.particles import check_count
 from pvae.step import Speed
 
@@ -100,6 +100,8 @@ def ais(
         per_unit=xr.Dataset(),
         seconds=time.perf_counter() - began,
         sampler="chains",
+        parameters=model.fingerprint(),
+        seed=seed,
     )
 
 
@@ -132,8 +134,14 @@ class Plan:
         posterior: dict[str, Tensor] | None = None,
     ) -> tuple[dict[str, Tensor], tuple[str, int]]:
         """What `AnnealedRun` finds; whether p(x) is a probability, and how many numbers x has."""
-        settings = asdict(self) | {"model": model.name, "data": columns.fingerprint()}
+        settings = asdict(self) | {
+            "model": model.name,
+            "parameters": model.fingerprint(guide=True),
+            "data": columns.fingerprint(),
+        }
         settings = {k: v for k, v in settings.items() if k not in ("compile", "progress")}
+        if self.start == "guide":
+            check_amortised(model, "Annealing from the guide")
         before = next(model.parameters(), torch.empty(0)).device
         model.to(device)
         try:

@@ -26,7 +26,7 @@ from pvae.data import DataSpec
 from pvae.evaluation.aggregate import Drawn, information_bounds, log_others
 from pvae.evaluation.result import mean_and_error
 from pvae.fence import evaluating, fenced, resolve_device
-from pvae.pair import Pair, check_pair
+from pvae.pair import Pair, check_amortised, check_pair
 from pvae.particles import check_count
 
 if TYPE_CHECKING:
@@ -142,6 +142,9 @@ class Collapse:
         latents = [str(dim).removeprefix("unit of ") for dim in self.per_unit.sizes]
         total = float(self.per_datum["KL"].mean())
         lower, upper = (_told(self.per_datum[f"information_{end}"]) for end in ("lower", "upper"))
+        of_prior = "aggregate_KL_upper" in self.per_datum  # then I(x; z) is a part of the KL
+        if of_prior and float(self.per_datum["information_upper"].mean()) > total:
+            upper = "all of them"
         said = [self._of_units(name) for name in latents]
         said += [f"of {total:.2f} nats in all, at least {lower} and at most {upper} tell of x"]
         if self.is_saturated:
@@ -186,7 +189,10 @@ _ROWS = {
         "KL[q(z) || p(z)], at most",
         "upper bound: KL - lower bound of I; of these data alone, no bias",
     ),
-    "aggregate_KL_lower": ("KL[q(z) || p(z)], at least", "lower bound: KL - upper bound of I"),
+    "aggregate_KL_lower": (
+        "KL[q(z) || p(z)], at least",
+        "lower bound: KL - upper bound of I; none below zero",
+    ),
 }
 
 
@@ -228,6 +234,7 @@ def collapse(
     """
     start = time.perf_counter()
     check_pair(model)
+    check_amortised(model, "`collapse`")
     check_count("num_samples", num_samples)
     place = resolve_device(device)
     columns = model.columns(data).realised()

@@ -1,5 +1,6 @@
 """Whether two evaluations speak of the same data, so that their difference means something."""
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -46,6 +47,9 @@ def _way_out(one: "Evaluation", other: "Evaluation") -> str:
             "A slice such as `digits.test[:100]` is bare values, which do not tell what they are; "
             "take `digits.test.subset(slice(100))`, which keeps its specification, for both."
         )
+    if replace(one.spec, seed=other.spec.seed).space() == other.spec.space():
+        what = "noise" if one.spec.binarisation == "none" else "bits"
+        return f"These are other draws of the {what}: evaluate both on the same."
     return (
         "Probabilities of bits and densities of grey levels are different quantities; evaluate "
         "both on the same data."
@@ -53,7 +57,7 @@ def _way_out(one: "Evaluation", other: "Evaluation") -> str:
 
 
 def check_checkable(one: "Evaluation", other: Any) -> None:
-    """Raise unless the other is of the same model and data, and both have errors over draws."""
+    """Raise unless the other is of the same model and data by other draws, both with errors."""
     if not isinstance(other, type(one)):
         raise TypeError(
             f"`checked_by` takes what `evaluate` or `ais` returns, got {type(other).__name__}."
@@ -69,11 +73,17 @@ def check_checkable(one: "Evaluation", other: Any) -> None:
             f"An evaluation is checked by another of the same model; {reason}. `compare` ranks "
             "different models."
         )
+    if one.proposal == other.proposal and one.seed == other.seed is not None:
+        raise ValueError(
+            f"The evaluation and its check are not of independent draws: both are from the "
+            f"{one.proposal} with seed {one.seed}. Check by another proposal, or at least another "
+            "seed."
+        )
     for result in (one, other):
         if np.isnan(estimate(result.per_datum)[1]).all():
             raise ValueError(
-                f"A check needs standard errors over draws, and {result.how} give none: evaluate "
-                f"with more {result.sampler}."
+                f"A check needs standard errors over draws, and none come with {result.how}: "
+                f"evaluate with more {result.sampler}."
             )
 
 
@@ -81,6 +91,8 @@ def why_other_model(one: "Evaluation", other: "Evaluation") -> str:
     """What shows that two evaluations of the same data are not of one model; "" if nothing does."""
     if one.model != other.model:
         return f"these are of {one.model!r} and {other.model!r}"
+    if one.parameters and other.parameters and one.parameters != other.parameters:
+        return "the parameters of these two differ"
     if one.is_exact and other.is_exact:
         exact, its_exact = (result.per_datum["exact"].values for result in (one, other))
         if not np.allclose(exact, its_exact, rtol=1e-5, atol=1e-4):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pvae.evaluation.agreement import Agreement, estimate, mean_and_error
+from pvae.evaluation.agreement import Agreement, counted, estimate, mean_and_error
 from pvae.evaluation.comparable import check_comparable, why_other_model
 from pvae.evaluation.result import Evaluation
 from pvae.evaluation.rows import BITS, NATS
@@ -54,7 +54,7 @@ class Comparison:
 
     @property
     def _title(self) -> str:
-        return f"log p(x), {self.unit}, {self.num_data} data of {self.space}"
+        return f"log p(x), {self.unit}, {counted(self.num_data, 'datum')} of {self.space}"
 
 
 def compare(results: Mapping[str, Any], bits: bool = False) -> Comparison:
@@ -141,12 +141,20 @@ def _row(result: Evaluation, best: Evaluation, factor: float) -> dict[str, Any]:
     return {
         "log p(x)": factor * mean,
         "se": factor * error,
-        "what it is": f"{result.kind}, doubted by k-hat" if _doubted(result) else result.kind,
+        "what it is": result.kind + _doubt(result),
         "difference": factor * difference,
         "se of difference": factor * error_of_difference,
         "k-hat too high (%)": math.nan if result.is_exact else 100 * result.failing,
         "active units": units,
     }
+
+
+def _doubt(result: Evaluation) -> str:
+    """What k-hat says against a bound, or that it says nothing for or against it."""
+    if _doubted(result):
+        return ", doubted by k-hat"
+    unknown = not result.is_exact and math.isnan(result.failing)
+    return ", k-hat unknown" if unknown else ""
 
 
 def _doubted(result: Evaluation) -> bool:
@@ -166,7 +174,7 @@ def _notes(ranked: Mapping[str, Evaluation]) -> list[str]:
         if result.check is not None
     ]
     pairs += [
-        (f"{name!r} and {other_name!r}, if they are of one model,", one, other)
+        (f"{name!r} and {other_name!r}{_if_of_one_model(one, other)}", one, other)
         for (name, one), (other_name, other) in itertools.combinations(ranked.items(), 2)
         if _may_be_one_model(one, other)
     ]
@@ -180,6 +188,12 @@ def _notes(ranked: Mapping[str, Evaluation]) -> list[str]:
 
 
 def _may_be_one_model(one: Evaluation, other: Evaluation) -> bool:
-    """As far as names and exact values tell; drawn from different proposals."""
+    """As far as names, parameters and exact values tell; drawn from different proposals."""
     drawn = "bound" in one.per_datum and "bound" in other.per_datum
     return drawn and one.proposal != other.proposal and not why_other_model(one, other)
+
+
+def _if_of_one_model(one: Evaluation, other: Evaluation) -> str:
+    """The condition of what follows; none where parameters tell that it is met."""
+    known = one.parameters and other.parameters
+    return "" if known else ", if they are of one model,"

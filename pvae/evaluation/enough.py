@@ -51,15 +51,19 @@ class Target:
                     f"which all data begin; got {self.max_particles}."
                 )
 
+    @property
+    def most(self) -> int:
+        """Particles of a datum."""
+        return self.max_particles or MOST * self.num_particles
+
     def needed(self, se: Tensor) -> Tensor:
         """Particles of each datum, (N,): K times a power of two, or the most.
 
         Errors fall as K^-1/2.
         """
-        most = self.max_particles or MOST * self.num_particles
         ratio = (MARGIN * (se / self.se).square()).nan_to_num(math.inf, math.inf)
         found = self.num_particles * 2.0 ** ratio.log2().ceil().clamp(min=0)
-        return found.clamp(max=most).long()
+        return found.clamp(max=self.most).long()
 
 
 def own_draws(

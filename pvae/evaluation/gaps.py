@@ -19,7 +19,7 @@ from pvae.evaluation.agreement import estimate, mean_and_error, pooled_error
 from pvae.evaluation.comparable import check_comparable, why_other_model
 from pvae.evaluation.evaluate import evaluate
 from pvae.evaluation.result import Evaluation
-from pvae.pair import Pair
+from pvae.pair import Pair, check_amortised, check_pair
 from pvae.refinement import Refine
 
 if TYPE_CHECKING:
@@ -74,7 +74,8 @@ class Gaps:
     def verdict(self) -> str:
         """Which gap is the wider, and what that rests on."""
         of_family, of_network = (
-            float(self.per_datum[name].mean()) for name in ("approximation", "amortisation")
+            round(float(self.per_datum[name].mean()), 2) + 0.0  # no -0.00
+            for name in ("approximation", "amortisation")
         )
         said = (
             f"Of {of_family + of_network:.2f} nats between log p(x) and the ELBO, "
@@ -136,6 +137,10 @@ def gaps(
             an evaluation of other data.
     """
     began = time.perf_counter()
+    check_pair(model)
+    check_amortised(model, "`gaps`")
+    if log_p is not None and not isinstance(log_p, Evaluation):
+        raise TypeError(f"`log_p` must be what `evaluate` or `ais` returns, got {log_p!r}.")
     if refine.bound != "ELBO":
         raise ValueError(f"`refine` must climb the ELBO, whose gaps these are; got {refine}.")
     settings: dict[str, Any] = {"device": device, "compile": compile, "progress": progress}

@@ -45,8 +45,8 @@ class Kept:
 
     @property
     def _whole(self) -> int:
-        """Particles a datum that are wanted whole: the parts of a mixture are not the guide's."""
-        return 0 if self.how.proposal == "defensive" else PART_PARTICLES
+        """Particles a datum that are wanted whole: the parts of others are not the guide's."""
+        return PART_PARTICLES if self.how.proposal == "guide" else 0
 
     def _block(self, passes: Iterable[tuple[Tensor, Particles | None]]) -> None:
         weights = Weights(self.sizes[-1])

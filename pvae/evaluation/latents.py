@@ -6,13 +6,14 @@ Latents on other supports than the real line are moved there by `biject_to`, who
 of each density; discrete latents that the guide does not draw are summed out.
 """
 
+import math
 from typing import Any, Literal
 
 import pyro
 import torch
 from pyro import poutine
 from torch import Tensor
-from torch.distributions import biject_to
+from torch.distributions import VonMises, biject_to, constraints
 
 from pvae.pair import Batch, Pair
 from pvae.particles import draw, guide_factors
@@ -45,8 +46,13 @@ class Latents:
                 f"{what} moves latents, and {pair.name!r} has none that the guide draws: its "
                 "log p(x) is exact, see pvae.evaluate."
             )
+        if not pair.vectorize_particles:
+            raise ValueError(
+                f"{what} moves many chains at once, and {pair.name!r} takes particles one at a "
+                "time (`vectorize_particles=False`). Use `evaluate`."
+            )
         for name in self.names:
-            support: Any = particles.model_sites[name].support
+            support: Any = _support(particles.model_sites[name])
             if support.is_discrete:
                 raise ValueError(
                     f"{what} moves continuous latents by their gradient, and {name!r} of "
@@ -103,6 +109,17 @@ class Latents:
             trace = poutine.trace(guide).get_trace(batch)
         factors = guide_factors(trace, plates)
         return sum(factors, torch.zeros(())).expand(some.shape[:2])
+
+
+def _support(d: Any) -> Any:
+    """Where draws are: an angle's, which torch calls real, are within half a turn."""
+    base = d
+    while hasattr(base, "base_dist"):
+        base = base.base_dist
+    if not isinstance(base, VonMises):
+        return d.support
+    within = constraints.interval(-math.pi, math.pi)
+    return constraints.independent(within, len(d.event_shape)) if d.event_shape else within
 
 
 def _nothing(batch: Batch) -> None:

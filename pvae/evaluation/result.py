@@ -8,7 +8,7 @@ import numpy as np
 
 from pvae.bounds import khat_threshold
 from pvae.data import DataSpec
-from pvae.evaluation.agreement import estimate, mean_and_error, sentences
+from pvae.evaluation.agreement import counted, estimate, mean_and_error, sentences
 from pvae.evaluation.comparable import check_checkable
 from pvae.evaluation.rows import COLUMNS, rows_of
 from pvae.inference_data import evaluation_to_datatree
@@ -43,6 +43,8 @@ class Evaluation:
         sampler: "particles" of importance sampling, or "chains" of annealing.
         target_se: standard error over draws that was to be reached for each datum, in nats.
         check: the evaluation that this one is `checked_by`.
+        parameters: fingerprint of the model's parameters; "" where it is not known.
+        seed: of the draws; None where it is not known.
     """
 
     model: str
@@ -58,6 +60,8 @@ class Evaluation:
     sampler: Literal["particles", "chains"] = "particles"
     target_se: float | None = None
     check: "Evaluation | None" = None
+    parameters: str = ""
+    seed: int | None = None
 
     @property
     def is_exact(self) -> bool:
@@ -119,7 +123,8 @@ class Evaluation:
             other: with at least two draws for each datum.
 
         Raises:
-            ValueError: for another model, other data, or estimates without an error over draws.
+            ValueError: for another model, other data, the same draws, or estimates without an
+                error over draws.
         """
         check_checkable(self, other)
         return replace(self, check=other)
@@ -151,13 +156,16 @@ class Evaluation:
             return "log p(x) by summing out every latent"
         proposal = self.proposal.replace("defensive", "defensive mixture")
         fewest, most = self._sizes
-        number = f"{most}" if fewest == most else f"{fewest:,} to {most:,}"
-        return f"{number} {self.sampler} from the {proposal}"
+        drawn = counted(most, self.sampler[:-1])
+        if fewest < most:
+            drawn = f"{fewest:,} to {most:,} {self.sampler}"
+        return f"{drawn} from the {proposal}"
 
     @property
     def title(self) -> str:
         """One line: model, data, and how log p(x) was found."""
-        return f"{self.model} on {len(self.log_p)} data of {self.spec.space()}; {self.how}"
+        data = counted(self.log_p.size, "datum")
+        return f"{self.model} on {data} of {self.spec.space()}; {self.how}"
 
     @property
     def verdict(self) -> str:
@@ -200,7 +208,7 @@ class Evaluation:
     def label(self, size: int) -> str:
         """What the bound of a number of draws is called."""
         if self.sampler == "chains":
-            return f"AIS, {size} chain{'s' if size > 1 else ''}"
+            return f"AIS, {counted(size, 'chain')}"
         return "ELBO" if size == 1 and self.proposal == "guide" else f"L_{size}"
 
     def __repr__(self) -> str:

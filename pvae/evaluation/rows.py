@@ -6,7 +6,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pvae.bounds import khat_threshold
-from pvae.evaluation.agreement import Agreement, estimate, mean_and_error, pooled_error
+from pvae.evaluation.agreement import (
+    Agreement,
+    estimate,
+    mean_and_error,
+    nats_apart,
+    pooled_error,
+)
 
 if TYPE_CHECKING:
     from pvae.evaluation.result import Evaluation
@@ -56,18 +62,28 @@ def _bounds(result: "Evaluation") -> list[Row]:
         rows.append(_mean("L_K", found["bound_own"], what, found["bound_own_se"]))
     if "psis" in found and not math.isnan(result.failing):
         rows.append(_mean("PSIS", found["psis"], "estimate, largest weights smoothed (PSIS)"))
-    if "cubo" in found:
+    if "cubo" in found and not math.isnan(result.failing):
         rows.append(_mean("CUBO", found["cubo"], _warning(result)))
     if result.is_exact:
         rows.append(_mean("log p(x)", found["exact"], "exact", np.zeros_like(found["exact"])))
-    return rows
+    return [*rows, *_as_measured(result)]
+
+
+def _as_measured(result: "Evaluation") -> list[Row]:
+    """The best statement as a density of values before they were scaled, where they were."""
+    spec, shift = result.spec, result.spec.log_jacobian
+    scaled = spec.dequantisation != "none" or spec.standardisation != "none"
+    if result.measure != "density" or not scaled:
+        return []
+    parts = [f"{spec.levels} levels"] if spec.dequantisation != "none" else []
+    parts += ["standardised columns"] if spec.standardisation != "none" else []
+    what = f"{result.kind}, in units of the data as measured: {shift:+.2f} nats for "
+    return [_mean("as measured", result.log_p + shift, what + " and ".join(parts))]
 
 
 def _warning(result: "Evaluation") -> str:
     """What CUBO is: its weights are squared, so that it exists only where k-hat is below 1/2."""
     what = "upper bound in the limit of draws, its estimate errs downward"
-    if math.isnan(result.failing):
-        return f"{what}; too few draws for k-hat to tell where it says nothing"
     infinite = 100 * float((~(result.per_datum["khat"] <= 0.5)).mean())
     return (
         f"{what}; says nothing for {infinite:.3g} % of data (k-hat > 0.5: second moment infinite)"
@@ -76,15 +92,18 @@ def _warning(result: "Evaluation") -> str:
 
 def _check(result: "Evaluation") -> list[Row]:
     """The other estimate, and how far it and the exact value are from the bound."""
+    if result.is_exact and "bound" in result.per_datum:
+        return [*_other(result), *_differences("exact", Agreement.with_exact(result))]
+    return _other(result)
+
+
+def _other(result: "Evaluation") -> list[Row]:
     if (check := result.check) is None:
         return []
     value, errors = estimate(check.per_datum)
     doubt = f", k-hat too high for {100 * check.failing:.3g} %" if check.failing > 0 else ""
     rows = [_mean("check", value, f"lower bound, {check.how}{doubt}", errors)]
-    rows += _differences("check", Agreement.between(result, check))
-    if result.is_exact:
-        rows += _differences("exact", Agreement.with_exact(result))
-    return rows
+    return rows + _differences("check", Agreement.between(result, check))
 
 
 def _differences(name: str, agreement: Agreement) -> list[Row]:
@@ -92,7 +111,7 @@ def _differences(name: str, agreement: Agreement) -> list[Row]:
     for word, where in (("above", agreement.higher), ("below", agreement.lower)):
         what = f"share of data {word} the bound by over 4 standard errors"
         if where.any():
-            what += f", by {abs(agreement.difference[where].mean()):.2f} nats"
+            what += f", {nats_apart(agreement.difference[where].mean())}"
         rows.append(_plain(f"{name} {word}", 100 * where.mean(), "%", what))
     return rows
 
@@ -131,9 +150,10 @@ def _parts(result: "Evaluation") -> list[Row]:
     if "acceptance" in result.per_datum:
         accepted = float(result.per_datum["acceptance"].mean())
         rows.append(_plain("acceptance", accepted, "", "of proposals, mean over data"))
+    whose = "" if result.proposal.startswith("guide") else f" of the {result.proposal}"
     for name in map(str, result.per_datum.data_vars):
         if name.startswith(("KL[", "reconstruction[")):
-            rows.append(_mean(name, result.per_datum[name], "part of the ELBO, few draws"))
+            rows.append(_mean(name, result.per_datum[name], f"part of the ELBO{whose}, few draws"))
     return rows
 
 

@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from pvae import bounds
+from pvae import bounds, exact
+from pvae.evaluation.agreement import ROUNDING, counted, mean_and_error
 from pvae.evaluation.ais import Plan, ais
 from pvae.evaluation.annealing import Schedule
 from pvae.evaluation.latents import Start
-from pvae.evaluation.result import Evaluation, mean_and_error
+from pvae.evaluation.result import Evaluation
 from pvae.fence import evaluating, fenced, resolve_device
 from pvae.pair import Batch, Pair, check_pair
 from pvae.particles import check_count
@@ -37,7 +38,8 @@ class Sandwich:
 
     Args:
         model: name of the model.
-        simulated: xarray Dataset over `datum`: `lower` and `upper`, bounds in expectation.
+        simulated: xarray Dataset over `datum`: `lower` and `upper`, bounds in expectation; and
+            `exact`, where log p(x) is known in closed form.
         num_chains: C, chains each way.
         num_temperatures: T.
         real: lower bounds for data that were given, if any were.
@@ -65,6 +67,9 @@ class Sandwich:
             ("upper", *mean_and_error(self.simulated["upper"]), "simulated data, upper bound"),
             ("gap", *self.gap, "simulated data, upper less lower"),
         ]
+        if "exact" in self.simulated:
+            exact = mean_and_error(self.simulated["exact"])
+            rows.insert(1, ("log p(x)", *exact, "simulated data, exact"))
         if self.real is not None:
             rows.append(("real", *mean_and_error(self.real.log_p), f"given data, {self.real.kind}"))
         columns = ["", "value", "se (data)", "what it is"]
@@ -72,19 +77,41 @@ class Sandwich:
 
     @property
     def verdict(self) -> str:
-        """One sentence on how well log p(x) is known."""
+        """How well log p(x) is known, in a sentence; or that the bounds cannot both be right."""
         gap, se = self.gap
-        error = "" if math.isnan(se) else f" +- {se:.2f}"
-        said = (
-            f"On data of the model's own log p(x) lies between bounds {gap:.2f}{error} nats apart"
-        )
-        if self.real is None:
-            return f"{said}, in expectation."
-        mean, _ = mean_and_error(self.real.log_p)
+        size = abs(float(self.simulated["lower"].mean()))
+        error = math.hypot(se, ROUNDING * size) if size < math.inf else se
+        if gap < -2 * error:
+            return self._crossing(gap, error)
+        said = f"On data of the model's own {self._apart(gap, se, error)}, in expectation"
+        if self.real is None or not gap + 2 * error < math.inf:
+            return f"{said}."
+        mean, most = float(self.real.log_p.mean()), _rounded_up(gap + 2 * error)
         return (
-            f"{said}, in expectation; if the given data are like these, the lower bound of "
-            f"{mean:.2f} nats for them misses no more than that. It need not be so."
+            f"{said}; if the given data are like these, the lower bound of {mean:.2f} nats for "
+            f"them misses no more than about {most} nats. It need not be so."
         )
+
+    def _apart(self, gap: float, se: float, error: float) -> str:
+        if math.isinf(gap):
+            return "the bounds of log p(x) are infinitely far apart"
+        if math.isnan(error):
+            return f"the upper bound of log p(x) is {gap:+.2f} nats from the lower, error unknown"
+        if gap <= 2 * error:
+            return f"the bounds of log p(x) differ by less than {_rounded_up(gap + 2 * error)} nats"
+        return f"log p(x) lies between bounds {gap:.2f} +- {se:.2f} nats apart"
+
+    def _crossing(self, gap: float, error: float) -> str:
+        said = (
+            f"On data of the model's own the bounds of log p(x) cross: the upper one is below the "
+            f"lower one by {-gap:.2f} +- {error:.2f} nats"
+        )
+        if gap < -4 * error:
+            return (
+                f"{said}, which chance does not explain. Something is wrong with the densities of "
+                "the model, or with the support of one of them."
+            )
+        return f"{said}, more than chance often gives. Simulate more data."
 
     def __repr__(self) -> str:
         table = self.summary().to_string(float_format="{:.3f}".format, na_rep="")
@@ -96,10 +123,15 @@ class Sandwich:
 
     @property
     def _title(self) -> str:
-        return (
-            f"{self.model}: {self.num_chains} chains each way over {self.num_temperatures} "
-            f"temperatures, {self.simulated.sizes['datum']} simulated data; nats per datum"
-        )
+        chains = counted(self.num_chains, "chain")
+        temperatures = counted(self.num_temperatures, "temperature")
+        data = counted(self.simulated.sizes["datum"], "simulated datum")
+        return f"{self.model}: {chains} each way over {temperatures}, {data}; nats per datum"
+
+
+def _rounded_up(nats: float) -> str:
+    """To a hundredth, so that "no more than" stays true."""
+    return f"{math.ceil(100 * nats - 1e-9) / 100:.2f}"
 
 
 def sandwich(
@@ -166,6 +198,9 @@ def sandwich(
         "lower": (("datum",), bounds.iwae(log_w).numpy()),
         "upper": (("datum",), upper.numpy()),
     }
+    if exact.method(model) == "linear-Gaussian":
+        values = exact.log_prob(model, model.data_of(drawn, given))
+        simulated["exact"] = (("datum",), values.double().cpu().numpy())
     return Sandwich(
         model=model.name,
         simulated=xr.Dataset(simulated),

@@ -59,7 +59,10 @@ def test_weights_that_are_all_zero_are_a_disagreement():
     assert Agreement.between(none, some).higher.tolist() == [True, False]
     assert Agreement.between(some, none).lower.tolist() == [True, False]
     assert Agreement.between(none, none).agrees
-    assert "higher for 1 of 2 data (by inf nats) and" in none.checked_by(some).verdict
+    assert "higher for 1 of 2 data (infinitely) and" in none.checked_by(some).verdict
+    assert "in the mean over data (infinitely); " in none.checked_by(some).verdict
+    above = none.checked_by(some).summary().loc["check above", "what it is"]
+    assert above == "share of data above the bound by over 4 standard errors, infinitely"
     assert not Agreement.between(bound(*[-math.inf] + 199 * [-5.0]), bound(*200 * [-5.0])).agrees
 
 
@@ -87,7 +90,8 @@ def test_rounding_is_no_disagreement():
     [
         (0.1, "k-hat doubts none of these data, so 500 particles from the guide miss part of the "
               "posterior there, and their bound is loose."),
-        (np.array([0.9, 0.1, 0.9]), "k-hat doubts 1 of these data, so 500 particles"),
+        (np.array([0.9, 0.1, 0.9]), "k-hat doubts 1 of these data; for the others 500 particles "
+              "from the guide miss part of the posterior, and their bound is loose."),
         (np.array([0.9, 0.9, 0.1]), "is loose there, as k-hat says."),
         (math.nan, "is loose there, and draws are too few for k-hat to say so."),
     ],
@@ -228,14 +232,26 @@ def test_a_checked_evaluation_is_kept_with_its_verdict(tmp_path):
     ("check", "match"),
     [
         (bound(-1.0, -2.0, model="other"), "of the same model; these are of 'model' and 'other'"),
+        (bound(-1.0, -2.0, parameters="other"), "same model; the parameters of these two differ"),
+        (bound(-1.0, -2.0, seed=3), "independent draws: both are from the guide with seed 3"),
         (bound(-1.0, -2.0, fingerprint="of Y"), "are evaluated on different data"),
         (bound(-1.0, -2.0, measure="density"), "a probability under the one and a density"),
-        (bound(-1.0, -2.0, se=math.nan, K=1), "standard errors over draws, and 1 particles from"),
+        (
+            bound(-1.0, -2.0, se=math.nan, K=1),
+            "standard errors over draws, and none come with 1 particle",
+        ),
     ],
 )
 def test_other_models_other_data_and_estimates_without_errors_are_refused(check, match):
     with pytest.raises(ValueError, match=match):
-        bound(-1.0, -2.0).checked_by(check)
+        bound(-1.0, -2.0, parameters="these", seed=3).checked_by(check)
+
+
+def test_other_seeds_proposals_and_parameters_that_are_not_known_may_check():
+    result = bound(-1.0, -2.0, parameters="these", seed=3)
+    for changes in ({"seed": 4}, {"seed": None}, {"proposal": "prior", "seed": 3}):
+        assert result.checked_by(bound(-1.0, -2.0, **changes)).check is not None
+    assert bound(-1.0).checked_by(bound(-1.0)).check is not None
 
 
 def test_a_model_that_has_changed_is_refused():

@@ -66,6 +66,13 @@ def test_a_failing_khat_is_noted_where_it_matters():
     assert compare({"A": known, "B": exact(-1.5, -2.5)}).caution == ""
 
 
+def test_a_bound_whose_khat_is_unknown_is_marked():
+    unknown = bound(-1.0, -2.0, khat=math.nan, K=20)
+    table = compare({"few": unknown, "exact": exact(-1.5, -2.5)}).table
+    assert table.loc["few", "what it is"] == "lower bound L_20, k-hat unknown"
+    assert table.loc["exact", "what it is"] == "exact"
+
+
 def test_a_bound_must_lead_an_exact_value_by_twice_its_error():
     """By 0.1 in the mean, with a paired error of 0.1, and of 0.02 over draws for three data."""
     low, high = (-10.0, -20.0, -30.0), (-9.7, -20.0, -30.0)
@@ -129,6 +136,18 @@ def test_evaluations_of_one_model_that_disagree_are_told():
     assert compare({"checked": guide.checked_by(agreeing)}).caution == ""
 
 
+def test_parameters_tell_whether_evaluations_are_of_one_model():
+    guide = bound(-5.0, -6.0, -7.0, parameters="these")
+    ais = bound(-4.0, -5.0, -7.0, proposal="prior, annealed", parameters="these")
+    assert compare({"guide": guide, "AIS": ais}).caution.startswith(
+        "'AIS' and 'guide' disagree beyond error: the latter puts log p(x) lower for 2 of 3 data"
+    )
+    other = replace(ais, parameters="others")
+    assert compare({"guide": guide, "AIS": other}).caution == ""
+    unknown = compare({"guide": guide, "AIS": replace(ais, parameters="")}).caution
+    assert unknown.startswith("'AIS' and 'guide', if they are of one model, disagree")
+
+
 def test_evaluations_of_two_models_may_disagree():
     guide, better = bound(-5.0, -6.0), bound(-4.0, -5.0, proposal="prior")
     assert compare({"A": guide, "B": replace(better, model="another")}).caution == ""
@@ -150,7 +169,7 @@ def test_evaluations_of_models_compare():
     comparison = compare(results)
     table = comparison.table
     assert list(table.index) == ["truth", "its bound", "poor VAE"]
-    expected = ["exact", "lower bound L_2", "lower bound L_30, doubted by k-hat"]
+    expected = ["exact", "lower bound L_2, k-hat unknown", "lower bound L_30, doubted by k-hat"]
     assert table["what it is"].tolist() == expected
     by_hand = results["poor VAE"].per_datum["bound"][-1].values - TRUTH.log_prob(X).numpy()
     assert table.loc["poor VAE", "difference"] == pytest.approx(by_hand.mean())
@@ -160,6 +179,10 @@ def test_evaluations_of_models_compare():
         assert "log p(x), nats per datum, 30 data of tensor, values as given, 5 dimensions" in text
         assert "poor VAE" in text
         assert comparison.caution in text
+
+
+def test_one_datum_is_told_in_the_singular():
+    assert ", 1 datum of tensor" in repr(compare({"only": exact(-1.0)}))
 
 
 def test_one_result_is_a_table_of_one_row():
@@ -219,8 +242,20 @@ def test_slices_without_a_specification_are_told_of_subset():
     for results in ({"A": whole, "B": slice_}, {"A": slice_, "B": whole}):
         with pytest.raises(ValueError, match=match):
             compare(results)
+    other = space(binarisation="none", dequantisation="uniform")
     with pytest.raises(ValueError, match="Probabilities of bits and densities of grey levels"):
-        compare({"A": exact(-1.0, spec=space()), "B": exact(-1.0, spec=space(seed=1))})
+        compare({"A": exact(-1.0, spec=space()), "B": exact(-1.0, spec=other)})
+
+
+@pytest.mark.parametrize(
+    ("what", "changes"),
+    [("bits", {}), ("noise", {"binarisation": "none", "dequantisation": "uniform"})],
+)
+def test_other_draws_of_the_same_data_are_told_as_that(what, changes):
+    spec = space(**changes)
+    match = rf"These are other draws of the {what}: evaluate both on the same\."
+    with pytest.raises(ValueError, match=match):
+        compare({"A": exact(-1.0, spec=spec), "B": exact(-1.0, spec=replace(spec, seed=1))})
 
 
 def test_models_that_observe_different_columns_are_refused():

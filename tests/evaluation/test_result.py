@@ -10,7 +10,7 @@ import xarray as xr
 from pyro.distributions import Bernoulli, Normal
 
 import pvae
-from tests.evaluation.by_hand import adaptive, bound, exact
+from tests.evaluation.by_hand import SPEC, adaptive, bound, exact
 from tests.exact import LinearGaussian
 
 TRUTH = LinearGaussian.drawn()
@@ -101,11 +101,12 @@ def test_cubo_says_where_the_second_moment_of_the_weights_is_infinite():
     assert result.summary().loc["CUBO", "what it is"] == CUBO.format(75)
 
 
-def test_cubo_of_few_draws_or_none_is_told_as_that():
-    few = pvae.evaluate(TRUTH.pair(spread=2.0), TRUTH.sample(5), num_particles=20).summary()
-    assert few.loc["CUBO", "what it is"].endswith(
-        "; too few draws for k-hat to tell where it says nothing"
-    )
+@pytest.mark.parametrize("num_particles", [1, 29])
+def test_cubo_of_fewer_draws_than_khat_needs_is_left_out(num_particles):
+    """At K = 1 it is the ELBO, a lower bound."""
+    result = pvae.evaluate(TRUTH.pair(spread=2.0), TRUTH.sample(5), num_particles)
+    assert "CUBO" not in result.summary().index
+    assert "cubo" in result.per_datum
     assert "CUBO" not in exact(-1.0, -2.0).summary().index
 
 
@@ -183,6 +184,14 @@ def test_draws_by_datum_are_kept_in_netcdf(tmp_path):
 # ------------------------------------------------------------------------------ what is printed
 
 
+def test_one_of_a_thing_is_told_in_the_singular():
+    title = bound(-1.0, K=1).title
+    assert title.startswith("model on 1 datum of tensor")
+    assert title.endswith("; 1 particle from the guide")
+    assert bound(-1.0, K=1, sampler="chains").title.endswith("; 1 chain from the guide")
+    assert bound(-1.0, -2.0).title.startswith("model on 2 data of tensor")
+
+
 def test_the_summary_says_what_each_number_is():
     result = pvae.evaluate(TRUTH.declared(), TRUTH.sample(20), num_particles=50)
     table = result.summary()
@@ -194,6 +203,9 @@ def test_the_summary_says_what_each_number_is():
         "PSIS",
         "CUBO",
         "log p(x)",
+        "exact less bound",
+        "exact above",
+        "exact below",
         "k-hat",
         "k-hat too high",
         "ESS",
@@ -254,3 +266,28 @@ def test_the_verdict_tells_where_importance_sampling_fails():
         f"log p(x) >= {value:.2f} +- {se:.2f} nats per datum (L_100, in expectation); k-hat is too "
         "high for 100 % of the data, where log p(x) may lie well above."
     )
+
+
+def test_densities_are_told_in_units_of_the_data_as_measured_too():
+    """Columns times ten, standardised: log p falls by log 10 a column, and by log sd for each."""
+    scale = (2.0, 5.0, 10.0)
+    spec = replace(SPEC, location=(0.0, 1.0, 2.0), scale=scale)
+    result = bound(-3.0, -5.0, spec=spec, measure="density")
+    row = result.summary().loc["as measured"]
+    assert row["value"] == pytest.approx(-4.0 - math.log(2 * 5 * 10))
+    assert "lower bound L_500" in row["what it is"]
+    assert "-4.61 nats for standardised columns" in row["what it is"]
+    in_bits = result.summary(bits=True).loc["as measured", "value"]
+    assert in_bits == pytest.approx(row["value"] / 3 / math.log(2))
+
+
+@pytest.mark.parametrize("changes", [{"measure": "density"}, {"measure": "probability"}])
+def test_values_as_given_have_no_other_unit(changes):
+    assert "as measured" not in bound(-3.0, -5.0, **changes).summary().index
+
+
+def test_dequantised_levels_give_bits_per_dimension_of_the_levels():
+    """A uniform density over [0, 1] gives each of 256 levels eight bits."""
+    spec = replace(SPEC, dequantisation="uniform", levels=256)
+    table = exact(0.0, 0.0, spec=spec, measure="density").summary(bits=True)
+    assert table.loc["as measured", "value"] == pytest.approx(-8.0)
