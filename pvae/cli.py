@@ -7,20 +7,18 @@ finds both again. Nothing in a folder is run as code; a model that is code is na
 `--model`. What goes wrong is told in a sentence, unless `--debug` asks for the traceback.
 """
 
-import ast
+import inspect
 import json
-import math
-import re
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
+from pvae import named
+
 if TYPE_CHECKING:
     from pvae.data.load import Splits
-    from pvae.objectives import Objective
     from pvae.svi import Fit
 
 __all__ = ["app", "main"]
@@ -132,7 +130,9 @@ def fit(
     folder: Annotated[
         Path, typer.Option(help="The run's folder. Killed, the same command continues it.")
     ],
-    data: Annotated[str, typer.Option(help="A name from `pvae data`.")] = "digits",
+    data: Annotated[
+        str, typer.Option(help="A name from `pvae data`, or a file or folder of your own.")
+    ] = "digits",
     objective: Annotated[
         str,
         typer.Option(
@@ -153,47 +153,57 @@ def fit(
     dequantisation: Annotated[
         str, typer.Option(help='"none", or "uniform" for densities.')
     ] = "none",
+    standardisation: Annotated[
+        str, typer.Option(help='"none", or "columns": mean 0 and deviation 1 in train.')
+    ] = "none",
     root: Root = None,
     device: Device = "auto",
 ) -> None:
     """Fit a model by stochastic variational inference.
 
     The weights of the best epoch on validation data are kept. A FILE.py holds a function that
-    returns a model, named as the file or after a colon; its `data_size` is filled in.
+    returns a model, named as the file or after a colon; its `data_size` is filled in, or its
+    `image_shape`, and then images stay images. A label that a model is given is that of the data.
+    Data of your own are an .npy, .npz, .csv or .parquet file, or a folder of images.
 
     \b
     pvae fit vae --folder runs/vae
     pvae fit vae --folder runs/iwae --objective iwae-50 --set latent_size=8 --set hidden=128,128
     pvae fit gaussian_vae --folder runs/gaussian --dequantisation uniform
+    pvae fit ppca --folder runs/ppca --data my_table.csv --standardisation columns
     pvae fit my_model.py --folder runs/mine --data mnist --root ~/data
     """
     import torch
 
     from pvae import checkpoint, svi
 
+    bound = named.objective_of(objective)
+    function = named.function_of(model)
     told: dict[str, Any] = {
         "model": model,
         "set": settings or [],
-        "data": data,
+        "data": named.lasting(data),
         "binarisation": binarisation,
         "dequantisation": dequantisation,
+        "standardisation": standardisation,
+        "flatten": "image_shape" not in inspect.signature(function).parameters,
     }
-    bound = _objective(objective)
-    splits = _load_data(told, root)
+    splits = named.load(told, root)
     torch.manual_seed(seed)
-    declared = _declare(model, told["set"], splits)
+    declared = named.declare(model, function, told["set"], splits)
+    train, valid = (named.columns_for(declared, part) for part in (splits.train, splits.valid))
     if not checkpoint.has_checkpoint(folder):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / COMMAND).write_text(json.dumps(told, indent=1))
     result = svi.fit(
         declared,
-        splits.train,
+        train,
         bound,
         epochs=epochs,
         batch_size=batch_size,
         lr=lr,
         seed=seed,
-        validation=splits.valid,
+        validation=valid,
         device=device,
         folder=folder,
     )
@@ -203,7 +213,9 @@ def fit(
 @app.command()
 def evaluate(
     run: Annotated[Path, typer.Argument(help="The folder of a run, from `pvae fit`.")],
-    data: Annotated[str | None, typer.Option(help="Other data than the run's, by name.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Other data than the run's: a name, a file or a folder.")
+    ] = None,
     num_particles: Particles = 5000,
     proposal: Annotated[
         str, typer.Option(help='"guide", or "prior" to see naive Monte Carlo fail.')
@@ -229,7 +241,7 @@ def evaluate(
     fitted, splits = _load_run(run, data, model, root)
     result = evaluation.evaluate(
         fitted.model,
-        splits.test,
+        named.columns_for(fitted.model, splits.test),
         num_particles,
         proposal=proposal,
         device=device,
@@ -261,7 +273,11 @@ def compare(
     for run in runs:
         fitted, splits = _load_run(run, None, None, root)
         results[str(run)] = evaluation.evaluate(
-            fitted.model, splits.test, num_particles, device=device, progress=True
+            fitted.model,
+            named.columns_for(fitted.model, splits.test),
+            num_particles,
+            device=device,
+            progress=True,
         )
     typer.echo(evaluation.compare(results))
 
@@ -270,14 +286,12 @@ def compare(
 def models() -> None:
     """List the declared models and their settings.
 
-    Each setting can be changed by `--set`, but for `data_size`, which the data tell.
+    Each setting can be changed by `--set`; `data_size` and `image_shape` the data tell.
 
     \b
     pvae models
     pvae fit mixture_of_bernoullis --folder runs/mixture --set num_components=50
     """
-    import inspect
-
     from pvae import models as declared
 
     for name in declared.__all__:
@@ -291,151 +305,32 @@ def models() -> None:
 
 @app.command("data")
 def list_data() -> None:
-    """List the data sets.
+    """List the data sets: images, tables, and toys whose density is known.
 
     \b
     pvae data
     pvae fit vae --folder runs/mnist --data mnist --root ~/data
+    pvae fit ppca --folder runs/wine --data wine --standardisation columns
     """
-    from pvae.data import DATASETS
+    from pvae.data import DATASETS, TABLES
     from pvae.data.archives import data_root
 
-    row = "{:16}{:>8}{:>8}{:>8}   {:9}{:>6}   {}".format
+    row = "{:16}{:>8}{:>8}{:>8}   {:12}{:>6}   {}".format
     typer.echo(row("name", "train", "valid", "test", "size", "levels", "what it is"))
     for name, info in DATASETS.items():
         size = " x ".join(map(str, info.image_shape))
         typer.echo(row(name, *info.splits, size, info.levels, info.title))
+    for name, table in TABLES.items():
+        typer.echo(row(name, *table.splits, table.dimensions, "", table.title))
     typer.echo(
         f"\nFiles lie in {data_root(None)}, and are downloaded there when they are missing; name "
-        "another folder by --root or PVAE_DATA. The digits need none."
+        "another folder by --root or PVAE_DATA. The digits, tables and toys need none.\n"
+        "Data of your own are named by their path: .npy, .npz, .csv, .parquet, or a folder of "
+        "images."
     )
 
 
 # ---------------------------------------------------------------------------------- what they use
-
-
-def _objective(text: str) -> "Objective":
-    """ "elbo", "iwae-50", or a call as in Python: 'IWAE(50, gradient="dreg")'."""
-    from pvae import objectives
-
-    match = re.fullmatch(r"(elbo|iwae)(?:-(\d+))?", text.lower())
-    if match is not None:
-        text = f"{match[1].upper()}({match[2] or ''})"
-    try:
-        return _called(ast.parse(text, mode="eval").body, vars(objectives), objectives.__all__)
-    except (SyntaxError, TypeError, ValueError) as error:
-        raise typer.BadParameter(
-            f'expected "elbo", "iwae-50", or a call such as IWAE(50, gradient="dreg") of one of '
-            f"{', '.join(objectives.__all__)}; got {text!r} ({error}).",
-            param_hint="--objective",
-        ) from None
-
-
-def _called(node: Any, known: Mapping[str, Any], names: Sequence[str]) -> Any:
-    """The value of a call of a known name with literal arguments, or of a literal."""
-    if not isinstance(node, ast.Call):
-        return -math.inf if ast.unparse(node) == "-inf" else ast.literal_eval(node)
-    name = ast.unparse(node.func)
-    if name not in names:
-        raise ValueError(f"{name} is none of them")
-    args = [_called(value, known, names) for value in node.args]
-    kwargs = {str(key.arg): _called(key.value, known, names) for key in node.keywords}
-    return known[name](*args, **kwargs)
-
-
-def _load_data(told: dict[str, Any], root: Path | None) -> "Splits":
-    from pvae.data import load_data
-
-    noise = {key: told[key] for key in ("binarisation", "dequantisation")}
-    return load_data(told["data"], root=root, **noise)
-
-
-def _declare(model: str, settings: list[str], splits: "Splits") -> Any:
-    """The named model, with the data's size where its function takes one."""
-    import inspect
-
-    from pvae.pair import Pair
-
-    function = _function(model)
-    known = inspect.signature(function).parameters
-    values = dict(_setting(text) for text in settings)
-    if unknown := sorted(values.keys() - known.keys()):
-        raise ValueError(
-            f"Model {model!r} has no setting {unknown[0]!r}; it has {', '.join(known) or 'none'}."
-        )
-    for name, value in values.items():
-        if isinstance(known[name].default, tuple) and not isinstance(value, tuple):
-            values[name] = (value,)
-    if "data_size" in known:
-        values.setdefault("data_size", math.prod(splits.train.spec.event_shape))
-    declared = function(**values)
-    if not isinstance(declared, Pair):
-        raise TypeError(
-            f"Model {model!r} must return a LatentModel or a PyroPair, got {declared!r}."
-        )
-    if declared.name == Pair.name:  # its author gave none
-        declared.name = function.__name__
-    return declared
-
-
-def _setting(text: str) -> tuple[str, Any]:
-    """NAME=VALUE, the value as Python writes it, or else as it stands."""
-    from ast import literal_eval
-
-    name, equals, value = text.partition("=")
-    if not equals:
-        raise typer.BadParameter(f"expected NAME=VALUE, got {text!r}.", param_hint="--set")
-    try:
-        return name, literal_eval(value)
-    except (ValueError, SyntaxError):
-        return name, value
-
-
-def _function(model: str) -> Any:
-    """The function that declares a model, by the model's name or from a file."""
-    from difflib import get_close_matches
-
-    from pvae import models as declared
-
-    file, _, name = model.partition(":")
-    if file.endswith(".py"):
-        return _function_of_file(Path(file), name)
-    if model not in declared.__all__:
-        near = get_close_matches(model, declared.__all__, n=1, cutoff=0.0)
-        raise ValueError(
-            f"There is no model {model!r}. Did you mean {near[0]!r}? Known: "
-            f"{', '.join(declared.__all__)}; or name a file of your own, my_model.py."
-        )
-    return getattr(declared, model)
-
-
-def _function_of_file(path: Path, name: str) -> Any:
-    """`name` in the user's file, or the function named as the file."""
-    import sys
-    from importlib.util import module_from_spec, spec_from_file_location
-
-    if not path.is_file():
-        raise FileNotFoundError(f"There is no file {path} to read the model from.")
-    spec = spec_from_file_location(path.stem, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = module_from_spec(spec)
-    sys.path.insert(
-        0, str(path.parent.absolute())
-    )  # for what lies beside it, as `python FILE` does
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        raise ValueError(
-            f"{path} cannot be run: {type(error).__name__}: {error}. --debug shows the traceback."
-        ) from error
-    function = getattr(module, name or path.stem, None)
-    if not callable(function):
-        raise ValueError(
-            f"{path} has no function {name or path.stem!r} that returns a model. Write one, or "
-            f"name another: {path}:FUNCTION."
-        )
-    return function
 
 
 def _load_run(
@@ -447,9 +342,9 @@ def _load_run(
     if not checkpoint.has_checkpoint(run):
         raise FileNotFoundError(f"{run} holds no run: make one by `pvae fit MODEL --folder {run}`.")
     told = _told(run)
-    splits = _load_data(told | ({"data": data} if data else {}), root)
+    splits = named.load(told | ({"data": named.lasting(data)} if data else {}), root)
     if model is not None:
-        declared = _declare(model, told["set"], splits)
+        declared = named.declare(model, named.function_of(model), told["set"], splits)
         declared.prepare(splits.test[:2])
         return svi.load(run, declared), splits
     if "sites" not in checkpoint.read(run)[0]["declaration"]:
@@ -470,6 +365,7 @@ def _told(run: Path) -> dict[str, Any]:
         )
     try:
         told = json.loads(path.read_text())
-        return {key: told[key] for key in ("set", "data", "binarisation", "dequantisation")}
+        later = {key: told[key] for key in named.OF_LATER if key in told}
+        return {key: told[key] for key in ("set", "data", *named.NOISE)} | later
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({error!r}): fit again in a new folder.") from error

@@ -3,13 +3,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
+from PIL import Image
 from typer.testing import CliRunner, Result
 
 import pvae
-from pvae import cli
-from pvae.data import DATASETS, load_data
+from pvae import cli, named
+from pvae.data import DATASETS, TABLES, load_data
 from pvae.objectives import ELBO, IWAE, Renyi
 
 COMMANDS = ("demo", "fit", "evaluate", "compare", "models", "data")
@@ -65,6 +67,20 @@ def my_pair(data_size):
     return pvae.PyroPair(model, guide)
 """
 
+GIVEN_NUMBERS = """
+from pyro.distributions import Normal
+from pvae import Given, Latent, LatentModel, Observed
+from pvae.nets import Linear
+
+
+def given_numbers(data_size):
+    return LatentModel(
+        u=Given(3),
+        z=Latent(Normal, 2),
+        x=Observed(Normal, data_size, given=("z", "u"), net=Linear()),
+    )
+"""
+
 
 @pytest.fixture(autouse=True)
 def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -73,6 +89,7 @@ def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "beside", raising=False)
     Path("my_model.py").write_text(MY_MODEL)
     Path("my_pair.py").write_text(MY_PAIR)
+    Path("given_numbers.py").write_text(GIVEN_NUMBERS)
     Path("beside.py").write_text("SIZE = 3\n")
 
 
@@ -95,6 +112,8 @@ def fails(line: str, code: int = 1) -> str:
 
 
 VAE = "fit vae --epochs 1 --set latent_size=2 --set hidden=4 --folder"
+CONV = "fit conv_vae --epochs 1 --set latent_size=2 --set channels=4 --folder"
+CONDITIONAL = "fit conditional_vae --epochs 1 --set latent_size=2 --set hidden=4 --folder"
 
 
 # ---------------------------------------------------------------------------------- it teaches
@@ -117,8 +136,12 @@ def test_models_and_data_are_listed_with_what_can_be_set():
     assert "  data_size=784, latent_size=50, hidden=(200, 200)\n" in listed
     assert "p(c) = Categorical(pi), p(x | c) = Bernoulli(p_c)." in listed
     rows = {line.split()[0]: line for line in works("data").splitlines() if line}
-    assert rows.keys() >= DATASETS.keys()
+    assert rows.keys() >= DATASETS.keys() | TABLES.keys()
     assert rows["digits"].split()[1:8] == ["1257", "180", "360", "8", "x", "8", "17"]
+    assert rows["wine"].split()[1:5] == ["142", "18", "18", "13"]
+    assert rows["ring"].split()[1:5] == ["8000", "1000", "1000", "2"]
+    known = DATASETS | TABLES
+    assert len({rows[name].index(known[name].title) for name in known}) == 1, "in one column"
 
 
 # ---------------------------------------------------------------------------------- it works
@@ -171,6 +194,68 @@ def test_compare_ranks_runs():
     assert repr(pvae.compare(results)) in printed
 
 
+def test_images_stay_images_for_models_that_take_their_shape():
+    works(f"{CONV} run")
+    works(f"{VAE} flat")
+    works("evaluate run --num-particles 20 --device cpu")
+    model, images = pvae.load("run").model, load_data("digits", flatten=False).test
+    assert model.inputs["x"].shape == (1, 8, 8)
+    expected = pvae.evaluate(model, images, 20).summary()["value"]
+    found = pd.read_csv("run/evaluation.csv", index_col=0)["value"]
+    pd.testing.assert_series_equal(found, expected, check_names=False)
+    assert "flat" in works("compare run flat --num-particles 2")  # of the same bits
+
+
+def test_a_model_that_is_given_a_category_takes_the_datas_labels():
+    works(f"{CONDITIONAL} run")
+    works("evaluate run --num-particles 20 --device cpu")
+    test = load_data("digits").test
+    expected = pvae.evaluate(pvae.load("run").model, {"x": test, "y": test.labels}, 20)
+    found = pd.read_csv("run/evaluation.csv", index_col=0)["value"]
+    pd.testing.assert_series_equal(found, expected.summary()["value"], check_names=False)
+    works(f"{CONDITIONAL} other --seed 1")
+    assert "other" in works("compare run other --num-particles 2")
+
+
+def test_a_users_own_table_is_found_again_from_any_folder(monkeypatch):
+    frame = pd.DataFrame(np.random.default_rng(0).normal(5.0, 2.0, (200, 3)), columns=[*"abc"])
+    frame.to_csv("my_table.csv", index=False)
+    settings = "--data my_table.csv --standardisation columns"
+    works(f"fit ppca --epochs 1 --set latent_size=1 {settings} --folder run")
+    Path("elsewhere").mkdir()
+    monkeypatch.chdir("elsewhere")
+    printed = works("evaluate ../run --num-particles 2")
+    assert "20 data of my_table, values as given, columns standardised" in printed
+    test = load_data("../my_table.csv", standardisation="columns").test
+    expected = float(pvae.exact.log_prob(pvae.load("../run").model, test).mean())
+    found = pd.read_csv("../run/evaluation.csv", index_col=0).loc["log p(x)", "value"]
+    assert found == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_users_own_images_and_their_labels():
+    pixels = np.random.default_rng(0).integers(0, 256, (12, 4, 5, 3), dtype=np.uint8)
+    for number, image in enumerate(pixels):
+        folder = Path("my_images", f"kind {number % 2}")
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(folder / f"{number}.png")
+    own = "--data my_images"
+    works(f"{CONV} run --set pixels=normal --dequantisation uniform {own}")
+    assert pvae.load("run").model.inputs["x"].shape == (3, 4, 5)
+    assert "uniform dequantisation of 256 levels" in works("evaluate run --num-particles 2")
+    works(f"{CONDITIONAL} labelled --binarisation threshold --set categories=2 {own}")
+    assert pvae.load("labelled").model.inputs["y"].categories == 2
+
+
+def test_a_run_of_the_first_version_told_neither_standardisation_nor_layout():
+    works(f"{VAE} run")
+    path = Path("run", cli.COMMAND)
+    told = json.loads(path.read_text())
+    kept = {key: told[key] for key in told if key not in named.OF_LATER}
+    assert len(kept) == len(told) - 2
+    path.write_text(json.dumps(kept))
+    assert "log p(x) >=" in works("evaluate run --num-particles 2")
+
+
 def test_models_of_the_users_own_files():
     works("fit my_model.py --epochs 1 --set latent_size=5 --folder run")
     assert pvae.load("run").model.sites["z"].shape == (5,)
@@ -197,7 +282,7 @@ def test_models_that_are_code_are_named_again(model):
     ],
 )
 def test_objectives_by_name(text, kind, num_particles):
-    objective = cli._objective(text)
+    objective = named.objective_of(text)
     assert type(objective) is kind
     assert objective.num_particles == num_particles
 
@@ -207,7 +292,7 @@ def test_objectives_by_name(text, kind, num_particles):
     [("8", 8), ("0.5", 0.5), ("16,8", (16, 8)), ("(4,)", (4,)), ("per pixel", "per pixel")],
 )
 def test_settings_are_read_as_python_writes_them(text, value):
-    assert cli._setting(f"name={text}") == ("name", value)
+    assert named.setting(f"name={text}") == ("name", value)
 
 
 # ---------------------------------------------------------------------------------- what goes wrong
@@ -220,6 +305,12 @@ def test_settings_are_read_as_python_writes_them(text, value):
         ("fit vae --set size=3 --folder run", "Model 'vae' has no setting 'size'; it has data_si"),
         ("fit vae --data minst --folder run", "Did you mean 'mnist'"),
         ("fit vae --binarisation none --folder run", "grey levels"),
+        ("fit ppca --standardisation rows --folder run", "must be one of none, columns; got 'rows"),
+        ("fit ppca --data mine.csv --folder run", "There is no data file 'mine.csv'"),
+        (f"{CONV} run --data wine", "takes images (colours, height, width), and a datum of 'wine'"),
+        (f"{CONDITIONAL} run --data ring", "conditioned on labels, 'y', and data 'ring' have none"),
+        (f"{CONDITIONAL} run --set categories=3", "0 to 2, and labels of 'digits' go from 0 to 9"),
+        ("fit given_numbers.py --folder run", "conditioned on u, and here the only columns beside"),
         ("fit vae --device moon --folder run", "No device 'moon' here"),
         ("fit none.py --folder run", "There is no file none.py to read the model from"),
         ("fit my_model.py:other --folder run", "my_model.py has no function 'other'"),
