@@ -11,16 +11,11 @@ the environment's PVAE_DATA points, and left out where it is not there.
 
 import argparse
 import itertools
-import json
 import math
 import os
 import statistics
-import subprocess
-import sys
-import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,17 +23,15 @@ import torch
 from pyro.distributions import Bernoulli
 
 import pvae
-from benchmarks import machine, table
+from benchmarks import jobs, table
 from pvae import objectives
 from pvae.nets import MLP, Linear
 from pvae.objectives import Objective
 
-__all__ = ["STUDIES", "Job", "Study", "compared", "markdown", "objective", "run", "work"]
+__all__ = ["STUDIES", "Job", "Study", "compared", "markdown", "objective", "work"]
 
-ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "benchmarks" / "results" / "estimators.json"
-PAGE = ROOT / "docs" / "objectives.md"
-TOGETHER = 2  # processes
+RESULTS = jobs.ROOT / "benchmarks" / "results" / "estimators.json"
+PAGE = jobs.ROOT / "docs" / "objectives.md"
 BATCH, LR = 20, 1e-3  # as in Burda et al. 2016
 EPOCHS, BATCHES = 8, 50  # in a round of timing; the fastest epoch of all rounds counts
 HEAD = ("objective", "particles", "steps", "L5000", "s.e.", "L5000 - L1", "active", "k-hat fails")
@@ -101,7 +94,7 @@ def belief_network() -> pvae.LatentModel:
 STUDIES = {
     "digits": Study("digits", lambda: pvae.models.vae(64, 8), REPARAMETERISED, 3, 6, 360),
     "digits, Bernoulli latents": Study("digits", belief_network, DISCRETE, 3, 6, 360),
-    "MNIST": Study("mnist", pvae.models.vae, REPARAMETERISED, 1, 15, 500),
+    "MNIST": Study("mnist", pvae.models.vae, REPARAMETERISED, 1, 60, 500),
 }
 
 
@@ -117,22 +110,12 @@ class Job:
     compile: bool = True
 
 
-class Clock:
-    """In a scheduler's place: the process's CPU time at the end of each epoch."""
-
-    def __init__(self) -> None:
-        self.times: list[float] = []
-
-    def step(self) -> None:
-        self.times.append(time.process_time())
-
-
 def work(job: Job) -> dict[str, Any]:
     """CPU seconds a step; or of a fit, what `evaluate` says of it."""
     study = STUDIES[job.study]
     train, _, test = pvae.load_data(study.data)
     torch.manual_seed(job.seed)
-    model, clock = study.declare(), Clock()
+    model, clock = study.declare(), jobs.Clock()
     batches = len(train) // BATCH if job.steps else BATCHES
     how = {"device": "cpu", "compile": job.compile, "seed": job.seed}
     fitted = pvae.fit(
@@ -161,38 +144,16 @@ def work(job: Job) -> dict[str, Any]:
 
 
 def in_a_process(job: Job) -> dict[str, Any]:
-    """The same in a process with one thread; what fails is recorded."""
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.estimators", "--job", json.dumps(asdict(job))],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
-    if done.returncode:
-        words = (done.stderr.splitlines() or ["no message"])[-1]
+    """The same in a process of its own; a fit that fails is recorded."""
+    try:
+        return jobs.in_a_process(work, job)
+    except RuntimeError as error:
         if job.steps:
-            return {"failed": words}
-        raise RuntimeError(f"{job.objective} could not be timed: {words}")
-    return json.loads(done.stdout.splitlines()[-1])
+            return {"failed": str(error)}
+        raise RuntimeError(f"{job.objective} could not be timed: {error}") from None
 
 
 Work = Callable[[Job], dict[str, Any]]
-
-
-def run(jobs: list[Job], file: Path, do: Work = in_a_process) -> list[dict[str, Any]]:
-    """Each job's fields and what it found; what the file does not have yet is done and added."""
-    start = {"machine": machine.describe("cpu"), "records": []}
-    report = json.loads(file.read_text()) if file.exists() else start
-    known = {Job(**{f: r[f] for f in Job.__dataclass_fields__}): r for r in report["records"]}
-    missing = [job for job in jobs if job not in known]
-    with ThreadPoolExecutor(TOGETHER) as pool:
-        for job, found in zip(missing, pool.map(do, missing), strict=True):
-            known[job] = asdict(job) | found
-            report["records"] = list(known.values())
-            file.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
-            print(f"{job.study}, {job.objective}, seed {job.seed}: {found}", flush=True)
-    return [known[job] for job in jobs]
 
 
 def cells(records: list[dict[str, Any]]) -> tuple[str, ...]:
@@ -221,11 +182,11 @@ def compared(name: str, seeds: int, file: Path, do: Work = in_a_process) -> str:
     study = STUDIES[name]
     rounds = [Job(name, call, i) for i in range(study.rounds) for call in study.calls]
     steps: dict[str, int] = {}
-    for found in run(rounds, file, do):
+    for found in jobs.run(rounds, file, do):
         fitting = max(1, round(study.seconds / found["rate"]))
         steps[found["objective"]] = max(fitting, steps.get(found["objective"], 0))
-    jobs = [Job(name, call, seed, steps[call]) for seed in range(seeds) for call in study.calls]
-    return markdown(run(jobs, file, do))
+    fits = [Job(name, call, seed, steps[call]) for seed in range(seeds) for call in study.calls]
+    return markdown(jobs.run(fits, file, do))
 
 
 def main() -> None:
@@ -233,11 +194,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.estimators", description=__doc__)
     parser.add_argument("--only", choices=STUDIES, help="one study")
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--job", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.job:
-        print(json.dumps(work(Job(**json.loads(options.job)))))
-        return
+    jobs.alone()
     has_mnist = (Path(os.environ.get("PVAE_DATA", "")) / "MNIST").is_dir()
     for name in [options.only] if options.only else STUDIES:
         if name != "MNIST" or has_mnist:

@@ -1,13 +1,11 @@
 """The comparison of objectives: budgets, records that are kept, and the table they make."""
 
 import math
-import sys
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 
-from benchmarks import estimators
+from benchmarks import estimators, jobs
 from benchmarks.estimators import Job
 
 CALLS = ("ELBO(1)", "ELBO(1, beta=WarmUp(steps // 5))")
@@ -31,7 +29,7 @@ def tiny(monkeypatch):
     monkeypatch.setitem(estimators.STUDIES, "digits", study)
     for name, value in {"EPOCHS": 2, "BATCHES": 4}.items():
         monkeypatch.setattr(estimators, name, value)
-    monkeypatch.setattr(estimators, "TOGETHER", 1)  # Pyro's handlers are the whole process's
+    monkeypatch.setattr(jobs, "TOGETHER", 1)  # Pyro's handlers are the whole process's
     done: list[Job] = []
 
     def work(job: Job):
@@ -47,7 +45,7 @@ def test_each_objective_gets_as_many_steps_as_fit_into_the_budget(tiny, tmp_path
     timed, fitted = done[:4], done[4:]
     assert [job.steps for job in timed] == [0, 0, 0, 0]
     assert [job.objective for job in fitted] == list(CALLS)
-    rates = [found["rate"] for found in estimators.run(timed, tmp_path / "found.json", work)]
+    rates = [found["rate"] for found in jobs.run(timed, tmp_path / "found.json", work)]
     fastest = (min(rates[0], rates[2]), min(rates[1], rates[3]))
     assert [job.steps for job in fitted] == [round(0.2 / rate) for rate in fastest]
 
@@ -62,25 +60,11 @@ def test_a_fit_that_has_been_done_is_not_repeated(tiny, tmp_path):
     assert [job.seed for job in done[num_done:]] == [1, 1]
 
 
-def test_a_process_is_told_its_job_and_tells_what_it_found(monkeypatch, capsys):
-    """With this process in the other's place."""
-    job = Job("digits", "IWAE(5)", seed=1, steps=3, num_particles=10, compile=False)
+def test_a_fit_that_fails_is_recorded_and_one_that_cannot_be_timed_is_told(monkeypatch):
+    def fail(do, job):
+        raise RuntimeError("FloatingPointError: NaN at step 3")
 
-    def start(command, **settings):
-        assert settings["env"]["OMP_NUM_THREADS"] == "1"
-        monkeypatch.setattr(sys, "argv", command[2:])
-        estimators.main()
-        return SimpleNamespace(returncode=0, stdout="a warning\n" + capsys.readouterr().out)
-
-    monkeypatch.setattr(estimators.subprocess, "run", start)
-    here, there = estimators.work(job), estimators.in_a_process(job)
-    assert there.keys() == here.keys()
-    assert [there[name] for name in NAMES[:3]] == [here[name] for name in NAMES[:3]]
-
-
-def test_a_process_that_fails_leaves_its_last_words(monkeypatch):
-    failed = SimpleNamespace(returncode=1, stderr="Traceback\nFloatingPointError: NaN at step 3\n")
-    monkeypatch.setattr(estimators.subprocess, "run", lambda *command, **settings: failed)
+    monkeypatch.setattr(jobs, "in_a_process", fail)
     words = {"failed": "FloatingPointError: NaN at step 3"}
     assert estimators.in_a_process(Job("digits", "CUBO(50)", steps=10)) == words
     with pytest.raises(RuntimeError, match=r"CUBO\(50\) could not be timed: .* NaN at step 3"):
