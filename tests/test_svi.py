@@ -296,7 +296,7 @@ def test_a_fit_prints_what_was_done():
     fitted = fit(gaussian(), all_at(3.0), epochs=2, validation=all_at(1.0))
     table = fitted.summary()["value"]
     assert table["objective"] == "ELBO(num_particles=1)"
-    assert table["data"] == "tensor, values as given, 1 dimensions, all"
+    assert table["data"] == "tensor, values as given, 1 dimension, all"
     assert table["valid (nats per datum)"] == fitted.history["valid"].iloc[-1]
     assert repr(fitted).startswith("Fit of model\n")
     assert "weights of epoch" in fitted._repr_html_()

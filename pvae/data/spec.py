@@ -141,7 +141,8 @@ class DataSpec:
             numbers = json.dumps([self.location, self.scale]).encode()
             scaled = f", columns standardised ({hashlib.sha256(numbers).hexdigest()[:8]})"
         partly = ", some missing" if self.missing else ""
-        return f"{self.name}, {self._values()}{scaled}, {self.dimensions} dimensions{partly}"
+        dimensions = f"{self.dimensions} dimension{'s' * (self.dimensions != 1)}"
+        return f"{self.name}, {self._values()}{scaled}, {dimensions}{partly}"
 
     def _values(self) -> str:
         if self.binarisation == "threshold":

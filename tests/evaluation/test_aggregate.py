@@ -342,7 +342,7 @@ def masked(program, x: Tensor) -> None:
     ("model", "guide", "match"),
     [
         (ENCODED.model, point, r"'z' of 'pyro pair' is a point under the guide \(Delta\)"),
-        (ENCODED.model, auxiliary, "'a' of 'pyro pair' is an auxiliary draw of the guide"),
+        (ENCODED.model, auxiliary, "The guide draws 'a', which the model does not have"),
         (partial(masked, ENCODED.model), partial(masked, ENCODED.guide), MASKED),
         (partial(masked, ENCODED.model), ENCODED.guide, MASKED),
         (ENCODED.model, partial(masked, ENCODED.guide), MASKED),
