@@ -198,16 +198,10 @@ class Pair(nn.Module):
             raise ValueError(f"`proposal` must be one of {known}, got {proposal!r}.")
         self.prepare(batch)
         guide: Program = self.guide
-        if proposal != "guide":
+        if proposal == "prior":
             guide = prior(self.model, self.summed)
-        if proposal == "defensive":
-            if self.summed:
-                raise ValueError(
-                    "The defensive proposal needs the density p(z) of what the guide draws, which "
-                    f"in {self.name!r} is a sum over {', '.join(self.summed)}. Use 'guide' or "
-                    "'prior'."
-                )
-            guide = defensive(self.guide, guide, self.plates)
+        elif proposal == "defensive":
+            guide = defensive(self.guide, self.model, self.summed, self.plates)
         return Programs(
             self.model,
             guide,

@@ -31,7 +31,7 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from pvae.missing import Label
 from pvae.plates import Plates, find_plates, samples
 
-__all__ = ["Particles", "Program", "draw", "guide_factors"]
+__all__ = ["Particles", "Program", "draw", "EnumerateAllBut", "guide_factors", "log_factor"]
 
 Program = Callable[..., Any]
 
@@ -331,7 +331,7 @@ def _draw(
         guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
     replayed = poutine.replay(model, trace=guide_trace)
     enumerated = poutine.enum(
-        poutine.infer_config(replayed, _Enumerate(guide_trace)),
+        poutine.infer_config(replayed, EnumerateAllBut(guide_trace)),
         first_available_dim=-2 - plates.nesting,
     )
     model_trace = poutine.trace(enumerated).get_trace(*args, **kwargs)
@@ -353,13 +353,14 @@ class _Cut(Messenger):
             self.cuts.append((value, msg["value"]))
 
 
-class _Enumerate:
+class EnumerateAllBut:
     """Marks each latent of the model that the guide does not draw, to be summed out."""
 
     def __init__(self, guide_trace: poutine.Trace):
         self.guided = set(guide_trace.nodes)
 
     def __call__(self, site: Any) -> Any:
+        """For `poutine.infer_config`."""
         drawn = site["is_observed"] or site["name"] in self.guided
         if site["type"] != "sample" or drawn or site_is_subsample(site):
             return {}
@@ -387,8 +388,8 @@ def _collect(
     ]
     if unknown:
         raise ValueError(f"The guide draws {unknown[0]!r}, which is no site of the model.")
-    log_p = {name: _log_factor(site, plates) for name, site in model_sites.items()}
-    log_q = {name: _log_factor(site, plates) for name, site in guide_sites.items()}
+    log_p = {name: log_factor(site, plates) for name, site in model_sites.items()}
+    log_q = {name: log_factor(site, plates) for name, site in guide_sites.items()}
     num_data = max(factor.shape[-1] for factor in log_p.values())
     summed = [name for name, site in model_sites.items() if "_enumerate_dim" in site["infer"]]
     for name in summed:
@@ -418,7 +419,7 @@ def _collect(
 
 def guide_factors(trace: poutine.Trace, plates: Plates) -> list[Tensor]:
     """log q of each site of a guide's run, as in `Particles.log_q`."""
-    return [_log_factor(site, plates) for site in samples(trace)]
+    return [log_factor(site, plates) for site in samples(trace)]
 
 
 def _check_summed(site: Any, plates: Plates) -> None:
@@ -450,7 +451,7 @@ def _scale(site: Any, plates: Plates) -> Any:
     return scale.reshape(-1)
 
 
-def _log_factor(site: Any, plates: Plates) -> Tensor:
+def log_factor(site: Any, plates: Plates) -> Tensor:
     """The site's log-probability, unscaled and masked, inner plates summed: (*, K or 1, N or 1)."""
     log_prob = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
     return _by_datum(scale_and_mask(log_prob, mask=site["mask"]), plates)

@@ -14,7 +14,7 @@ from pyro.distributions import Delta
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
-from pvae.particles import Program, guide_factors
+from pvae.particles import EnumerateAllBut, Program, guide_factors, log_factor
 from pvae.plates import Plates, samples
 
 __all__ = ["defensive", "prior"]
@@ -35,12 +35,13 @@ def prior(model: Program, summed: list[str]) -> Program:
     return program
 
 
-def defensive(guide: Program, prior: Program, plates: Plates) -> Program:
+def defensive(guide: Program, model: Program, summed: list[str], plates: Plates) -> Program:
     """A mixture of the guide and the prior, drawn particle by particle.
 
     Args:
         guide: Pyro program.
-        prior: the model's prior as one.
+        model: Pyro program.
+        summed: its latents that are summed out, as they are in the density of the others.
         plates: where the data are.
 
     Raises:
@@ -52,9 +53,15 @@ def defensive(guide: Program, prior: Program, plates: Plates) -> Program:
             "parts of a datum in `.to_event(...)`. Use 'guide' or 'prior'."
         )
 
+    of_prior = prior(model, summed)
+
     def program(batch: Any) -> None:
-        drawn, others = _run(guide, batch), _run(prior, batch)
+        drawn, others = _run(guide, batch), _run(of_prior, batch)
         names = [site["name"] for site in samples(drawn) if site["name"] in others.nodes]
+        if not names:
+            raise ValueError(
+                "The defensive proposal leaves nothing to draw: every latent is summed out."
+            )
         first: Any = drawn.nodes[names[0]]
         pick = torch.rand_like(first["fn"].log_prob(first["value"])) < SHARE
         for name in names:
@@ -63,7 +70,9 @@ def defensive(guide: Program, prior: Program, plates: Plates) -> Program:
             chosen = pick.reshape(*pick.shape, *(1,) * len(node["fn"].event_shape))
             node["value"] = other["value"] = torch.where(chosen, other["value"], node["value"])
         log_q = _log_prob(guide, batch, drawn, plates)
-        log_p = _log_prob(prior, batch, others, plates)
+        log_p = _log_prob(of_prior, batch, others, plates)
+        if summed:
+            log_p = _log_sum(model, batch, others, [*names, *summed], plates)
         a = torch.tensor(SHARE)
         log_mixture = torch.logaddexp((1 - a).log() + log_q, a.log() + log_p)
         with pyro.plate(plates.name, log_mixture.shape[-1], dim=plates.dim):
@@ -103,3 +112,18 @@ def _run(program: Program, batch: Any) -> poutine.Trace:
 def _log_prob(program: Program, batch: Any, drawn: poutine.Trace, plates: Plates) -> Tensor:
     again = _run(poutine.replay(program, trace=drawn), batch)
     return sum(guide_factors(again, plates), torch.zeros(()))
+
+
+def _log_sum(
+    model: Program, batch: Any, drawn: poutine.Trace, names: list[str], plates: Plates
+) -> Tensor:
+    """log p of the latents drawn, those summed out being so: the rest of these names."""
+    latents = prior(model, [])
+    again = poutine.enum(
+        poutine.infer_config(poutine.replay(latents, trace=drawn), EnumerateAllBut(drawn)),
+        first_available_dim=-2 - plates.nesting,
+    )
+    trace = _run(again, batch)
+    factors = [log_factor(trace.nodes[name], plates) for name in names]
+    joint = sum(factors, torch.zeros(()))
+    return joint.reshape(-1, *joint.shape[-2:]).logsumexp(0)

@@ -40,8 +40,7 @@ ESTIMATORS: dict[str, Any] = {
     "AIS from the guide": partial(annealed, start="guide"),
 }
 REFUSED = {
-    ("mixture", "defensive"),  # a latent is summed out
-    ("categories", "defensive"),
+    ("categories", "defensive"),  # every latent is summed out
     ("square", "refined guide"),  # no parameter to move
     ("categories", "refined guide"),
     ("square", "Sobol points"),  # no quantile function

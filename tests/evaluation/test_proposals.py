@@ -11,7 +11,7 @@ from torch.testing import assert_close
 import pvae
 from pvae import Latent, LatentModel, Observed, PyroPair
 from pvae.nets import MLP
-from tests.exact import LinearGaussian, LinearMixture
+from tests.exact import GaussianMixture, LinearGaussian, LinearMixture
 
 TRUTH = LinearGaussian.drawn()
 
@@ -103,10 +103,21 @@ def test_lowered_defensive_weights_are_those_of_pyro():
     assert "KL[z]" not in results[0].per_datum  # it would be the mixture's
 
 
-def test_latents_that_are_summed_out_have_no_defensive_proposal():
+def test_the_prior_of_a_defensive_mixture_is_summed_over_what_is_summed_out():
     truth = LinearMixture.drawn()
-    with pytest.raises(ValueError, match=r"the density p.z. of what the guide draws, which"):
-        pvae.evaluate(truth.declared(), truth.sample(4), 10, proposal="defensive")
+    x = truth.sample(1).expand(300, -1)
+    for pair in (truth.declared(), truth.pair()):
+        log_w = pvae.log_weights(pair, x, 200, proposal="defensive")
+        ratio = (log_w - truth.log_prob(x[:1])).exp().mean(0)
+        error = ratio.std() / math.sqrt(300)
+        assert abs(ratio.mean() - 1) < 4.5 * error
+        assert error < 0.03
+
+
+def test_a_model_whose_latents_are_all_summed_out_has_nothing_to_mix():
+    truth = GaussianMixture.drawn()
+    with pytest.raises(ValueError, match="leaves nothing to draw"):
+        pvae.log_weights(truth.pair(), truth.sample(4), 10, proposal="defensive")
 
 
 def test_an_unknown_proposal_is_refused():
