@@ -15,9 +15,7 @@ Parameters live in the module, never in Pyro's global param store.
 import copy
 import json
 import math
-from collections.abc import Iterable, Mapping
-from difflib import get_close_matches
-from graphlib import CycleError, TopologicalSorter
+from collections.abc import Mapping
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
@@ -31,6 +29,7 @@ from torch.distributions import constraints
 from pvae import declaration
 from pvae.fence import module_device
 from pvae.flows import is_real
+from pvae.graph import AnySite, check_kinds, check_order, check_support, hint, parents_of
 from pvae.missing import Seen, check_site, filled, refuse, sample_summed
 from pvae.nets import MLP, Input, Net
 from pvae.pair import Batch, Columns, Pair, announce
@@ -38,8 +37,6 @@ from pvae.plates import refuse_supports
 from pvae.sites import Given, Latent, Learned, Observed, Predicted, Site, SiteModule, as_shape
 
 __all__ = ["Given", "Latent", "LatentModel", "Learned", "Observed", "Predicted"]
-
-AnySite = Latent | Observed | Given
 
 
 class LatentModel(Pair):
@@ -72,8 +69,8 @@ class LatentModel(Pair):
         super().__init__()
         self.name = name
         self.sites = dict(sites)
-        _check_kinds(sites)
-        _check_order("site", {key: _parents(site) for key, site in sites.items()}, known=())
+        check_kinds(sites)
+        check_order("site", {key: parents_of(site) for key, site in sites.items()}, known=())
         inputs: dict[str, Input] = {}
         self.model_modules = nn.ModuleDict()
         for key, site in sites.items():
@@ -146,7 +143,7 @@ class LatentModel(Pair):
 
         And of what is summed out where it is missing: an observed site that others are given.
         """
-        parents = {parent for site in self.sites.values() for parent in _parents(site)}
+        parents = {parent for site in self.sites.values() for parent in parents_of(site)}
         return [
             name
             for name, site in self.sites.items()
@@ -171,7 +168,7 @@ class LatentModel(Pair):
             site, module = self.sites[name], self.module_of(name)
             if not (isinstance(site, Observed) and site.missing):
                 continue
-            children = [child for child, other in self.sites.items() if name in _parents(other)]
+            children = [child for child, other in self.sites.items() if name in parents_of(other)]
             check_site(name, site.title, module.prototype, [] if module.summable else children)
 
     # ---------------------------------------------------------------- the guide
@@ -205,7 +202,7 @@ class LatentModel(Pair):
             if name not in self.sites:
                 raise ValueError(
                     f"The guide has an entry for {name!r}, which is no site of the model "
-                    f"({', '.join(self.sites)}).{_hint(name, self.sites)}"
+                    f"({', '.join(self.sites)}).{hint(name, self.sites)}"
                 )
             if not isinstance(self.sites[name], Latent):
                 raise ValueError(
@@ -215,7 +212,7 @@ class LatentModel(Pair):
             if not isinstance(entry, Latent):
                 raise TypeError(f"Guide entry {name!r} must be a Latent, got {entry!r}.")
         parents = {name: entry.given for name, entry in self.guide_sites.items()}
-        _check_order("guide entry", parents, known=self.observed + self.given)
+        check_order("guide entry", parents, known=self.observed + self.given)
         for name, entry in self.guide_sites.items():
             module = self._guide_module(name, entry)
             if module.event_shape != self.inputs[name].shape:
@@ -413,7 +410,7 @@ class LatentModel(Pair):
         for start in range(0, len(values), 4096):
             some = values[start : start + 4096]
             some = filled(some, support) if may_be_missing else some
-            _check_support(name, site, support, some, start)
+            check_support(name, site, support, some, start)
 
     # ---------------------------------------------------------------- the declaration as data
 
@@ -473,66 +470,3 @@ class LatentModel(Pair):
                 ) from error
             raise
         return graph
-
-
-def _parents(site: AnySite) -> tuple[str, ...]:
-    return () if isinstance(site, Given) else site.given
-
-
-def _check_kinds(sites: Mapping[str, Any]) -> None:
-    for name, site in sites.items():
-        if not isinstance(site, Latent | Observed | Given):
-            raise TypeError(f"Site {name!r} must be Latent, Observed or Given, got {site!r}.")
-        if hasattr(nn.ModuleDict(), name):
-            raise ValueError(f"torch keeps the name {name!r} for itself: call the site otherwise.")
-    if not any(isinstance(site, Observed) for site in sites.values()):
-        raise ValueError("A model needs an observed site: x=Observed(...).")
-
-
-def _check_order(what: str, parents: Mapping[str, tuple[str, ...]], known: Iterable[str]) -> None:
-    """Every parent is known and declared before its child."""
-    seen = set(known)
-    for name, own in parents.items():
-        for parent in own:
-            if parent not in parents and parent not in seen:
-                raise ValueError(
-                    f"The {what} {name!r} is given {parent!r}, which is unknown here. Known: "
-                    f"{', '.join([*seen, *parents])}.{_hint(parent, [*seen, *parents])}"
-                )
-    try:
-        TopologicalSorter(parents).prepare()
-    except CycleError as error:
-        cycle = " -> ".join(error.args[1])
-        raise ValueError(f"Each {what} must follow its parents, got a cycle: {cycle}.") from None
-    for name, own in parents.items():
-        for parent in own:
-            if parent not in seen:
-                raise ValueError(
-                    f"The {what} {name!r} is given {parent!r}, which is declared after it: "
-                    f"write {parent!r} first."
-                )
-        seen.add(name)
-
-
-def _hint(name: str, known: Iterable[str]) -> str:
-    near = get_close_matches(name, list(known), 1)
-    return f" Did you mean {near[0]!r}?" if near else ""
-
-
-def _check_support(name: str, site: AnySite, support: Any, values: Tensor, start: int) -> None:
-    inside = support.check(values)
-    if bool(inside.all()):
-        return
-    row = int((~inside.reshape(len(values), -1).all(1)).nonzero()[0])
-    title = site.title if isinstance(site, Site) else "Given"
-    grey = ""
-    if title == "Bernoulli" and 0 <= values.min() and values.max() <= 255:
-        grey = (
-            " These look like grey levels, under which a Bernoulli has no log-probability: "
-            "binarise them (`load_data(..., binarisation='dynamic')`), declare a density (Normal, "
-            "Beta, ContinuousBernoulli), or ask for it by `Observed(..., check_support=False)`."
-        )
-    raise ValueError(
-        f"Datum {start + row} lies outside the support {support} of {name!r} ({title}): its values "
-        f"run from {values[row].min():.4g} to {values[row].max():.4g}.{grey}"
-    )
