@@ -16,7 +16,8 @@ from torch.distributions import Distribution
 from pvae.flows import Flow
 from pvae.nets import Net
 from pvae.priors import PseudoInputs
-from pvae.sites import Given, Latent, Learned, Observed, Predicted, Site, SiteModule
+from pvae.site_module import SiteModule
+from pvae.sites import Given, Latent, Learned, Observed, Predicted, Site
 
 if TYPE_CHECKING:
     from pvae.declare import LatentModel

@@ -34,7 +34,8 @@ from pvae.missing import Seen, check_site, filled, refuse, sample_summed
 from pvae.nets import MLP, Input, Net
 from pvae.pair import Batch, Columns, Pair, announce
 from pvae.plates import refuse_supports
-from pvae.sites import Given, Latent, Learned, Observed, Predicted, Site, SiteModule, as_shape
+from pvae.site_module import SiteModule
+from pvae.sites import Given, Latent, Learned, Observed, Predicted, Site, as_shape
 
 __all__ = ["Given", "Latent", "LatentModel", "Learned", "Observed", "Predicted"]
 

@@ -24,7 +24,8 @@ from pvae.nets import Linear
 from pvae.pair import Batch, Columns, Pair, check_pair
 from pvae.particles import draw
 from pvae.passes import blocks
-from pvae.sites import Predicted, SiteModule
+from pvae.site_module import SiteModule
+from pvae.sites import Predicted
 
 __all__ = [
     "Intractable",

@@ -9,7 +9,8 @@ once, on the programs:
 
 import hashlib
 import weakref
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import pyro
@@ -377,6 +378,20 @@ def check_pair(model: Any) -> None:
         raise TypeError(
             f"`model` must be a LatentModel or a PyroPair, got {type(model).__name__}{hint}."
         )
+
+
+@contextmanager
+def placed(model: Pair, columns: Columns, device: torch.device) -> Iterator[Columns]:
+    """The columns on a device, with the model prepared for them there, and back afterwards."""
+    before = next(model.parameters(), torch.empty(0)).device
+    model.to(device)
+    try:
+        on_device = columns.to(device)
+        with torch.random.fork_rng():
+            model.prepare(on_device.rows(slice(0, 13)))
+        yield on_device
+    finally:
+        model.to(before)
 
 
 def check_amortised(model: Pair, what: str) -> None:

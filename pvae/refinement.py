@@ -32,7 +32,7 @@ from pvae.pair import Batch, Columns, Pair
 from pvae.particles import Particles, Program, check_count
 from pvae.plates import Plates
 from pvae.programs import Programs
-from pvae.sites import ALTERNATIVES
+from pvae.site_module import ALTERNATIVES
 from pvae.step import Speed
 
 __all__ = ["ALONE", "FROM_THE_PRIOR", "Refine", "Refinement", "SemiAmortised", "refined"]

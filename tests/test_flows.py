@@ -14,7 +14,7 @@ from pvae import Latent, LatentModel, Learned, Observed
 from pvae.flows import IAF, MAF, Flow, Flows, SplineCoupling
 from pvae.nets import MLP, Input, Linear, Table
 from pvae.objectives.gradient import Coefficients, gradient_of
-from pvae.sites import SiteModule
+from pvae.site_module import SiteModule
 from tests.fitting import assert_same_fit, binary, fit, traced
 
 KINDS = [IAF, MAF, SplineCoupling]

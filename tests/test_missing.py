@@ -511,3 +511,8 @@ def test_infinity_and_what_is_outside_the_support_are_refused_among_missing_entr
 def test_only_a_declared_model_imputes():
     with pytest.raises(TypeError, match="`impute` takes a declared LatentModel, got PyroPair"):
         pvae.impute(TRUTH.pair(), TRUTH.sample(3))
+
+
+def test_an_imputation_shows_its_sizes_and_on_how_many_particles_it_rests():
+    found = pvae.impute(TRUTH.declared().with_missing(), TRUTH.sample(4), 50, 3)
+    assert repr(found).startswith("Imputation of x (3, 4, 5): draws, data, event; effective sample")

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from pvae.flows import IAF
 from pvae.nets import MLP, Input, Linear, Table
-from pvae.sites import Given, Latent, Learned, Observed, Predicted, Site, SiteModule
+from pvae.site_module import SiteModule
+from pvae.sites import Given, Latent, Learned, Observed, Predicted, Site
 
 
 def same(raw: Tensor) -> Tensor:

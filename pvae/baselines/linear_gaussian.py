@@ -18,7 +18,7 @@ from pvae.baselines.rows import as_rows, blocks
 
 if TYPE_CHECKING:
     from pvae.declare import LatentModel
-    from pvae.sites import SiteModule
+    from pvae.site_module import SiteModule
 
 __all__ = ["Factors", "LinearGaussian", "check_latent_size", "scatter"]
 

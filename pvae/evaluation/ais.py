@@ -21,7 +21,7 @@ from pvae.evaluation.kept import bounds_of, measure_of
 from pvae.evaluation.latents import Start
 from pvae.evaluation.result import Evaluation
 from pvae.fence import evaluating, fenced, resolve_device
-from pvae.pair import Columns, Pair, check_amortised, check_pair
+from pvae.pair import Columns, Pair, check_amortised, check_pair, placed
 from pvae.particles import check_count
 from pvae.step import Speed
 
@@ -142,19 +142,12 @@ class Plan:
         settings = {k: v for k, v in settings.items() if k not in ("compile", "progress")}
         if self.start == "guide":
             check_amortised(model, "Annealing from the guide")
-        before = next(model.parameters(), torch.empty(0)).device
-        model.to(device)
-        try:
-            on_device = columns.to(device)
-            with torch.random.fork_rng():
-                model.prepare(on_device.rows(slice(0, 13)))
+        with placed(model, columns, device) as on_device:
             speed = self._speed(len(columns))
             with evaluating(model), fenced(self.seed, device):
                 measure = measure_of(model.draw(on_device.rows(slice(0, 1))))
                 run = AnnealedRun(model, on_device, settings, speed, folder, posterior)
                 found = run.all_blocks(self.progress)
-        finally:
-            model.to(before)
         _check_finite(model, found["log_w"])
         return found, measure
 

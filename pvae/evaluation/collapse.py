@@ -25,8 +25,9 @@ from torch import Tensor
 from pvae.data import DataSpec
 from pvae.evaluation.aggregate import Drawn, information_bounds, log_others
 from pvae.evaluation.result import mean_and_error
+from pvae.evaluation.shown import Shown
 from pvae.fence import evaluating, fenced, resolve_device
-from pvae.pair import Pair, check_amortised, check_pair
+from pvae.pair import Pair, check_amortised, check_pair, placed
 from pvae.particles import check_count
 
 if TYPE_CHECKING:
@@ -39,8 +40,8 @@ ACTIVE = 0.01  # variance over data of E_q[u] (Burda et al. 2016)
 COLLAPSED = 0.01  # nats
 
 
-@dataclass(frozen=True)
-class Collapse:
+@dataclass(frozen=True, repr=False)
+class Collapse(Shown):
     """What the latents of a guide tell of N data; all in nats.
 
     Args:
@@ -169,14 +170,6 @@ class Collapse:
             rule += f", activity below {ACTIVE}"
         return "; ".join([*said, f"{self.collapsed_units[name]} are collapsed ({rule})"])
 
-    def __repr__(self) -> str:
-        table = self.summary().to_string(float_format="{:.3f}".format, na_rep="")
-        return f"{self.title}\n{table}\n{self.verdict}"
-
-    def _repr_html_(self) -> str:
-        table = self.summary().to_html(float_format="{:.3f}".format, na_rep="")
-        return f"<p>{self.title}</p>{table}<p>{self.verdict}</p>"
-
 
 _ROWS = {
     "KL": ("KL", "E_x KL[q(z | x) || p(z)] of all guided latents"),
@@ -241,17 +234,9 @@ def collapse(
     if len(columns) < 2:
         what = "tells data apart by their latents, and needs at least 2"
         raise ValueError(f"`collapse` {what}, got {len(columns)}.")
-    before = next(model.parameters(), torch.empty(0)).device
-    model.to(place)
-    try:
-        on_device = columns.to(place)
-        with torch.random.fork_rng():
-            model.prepare(on_device.rows(slice(0, 13)))
-        with evaluating(model), fenced(seed, place):
-            drawn = Drawn(model, on_device, num_samples)
-            others = log_others(model, on_device, drawn, progress)
-    finally:
-        model.to(before)
+    with placed(model, columns, place) as on_device, evaluating(model), fenced(seed, place):
+        drawn = Drawn(model, on_device, num_samples)
+        others = log_others(model, on_device, drawn, progress)
     return Collapse(
         model=model.name,
         spec=columns.main.spec,

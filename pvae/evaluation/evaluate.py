@@ -16,7 +16,7 @@ from pvae.evaluation.enough import Target, own_draws
 from pvae.evaluation.kept import Kept, measure_of
 from pvae.evaluation.result import Evaluation
 from pvae.fence import evaluating, fenced, resolve_device
-from pvae.pair import Pair, check_pair
+from pvae.pair import Pair, check_pair, placed
 from pvae.particles import check_count
 from pvae.passes import How, Proposal, speed_for
 from pvae.refinement import ALONE
@@ -100,15 +100,9 @@ def evaluate(
     kept = Kept(_grid(grid, num_particles, drawn), drawn)
     place = resolve_device(device)
     columns = model.columns(data).realised()
-    before = next(model.parameters(), torch.empty(0)).device
-    model.to(place)
-    more: dict[str, torch.Tensor] = {}
-    try:
-        on_device = columns.to(place)
-        with torch.random.fork_rng():
-            model.prepare(on_device.rows(slice(0, 13)))
+    with placed(model, columns, place) as on_device:
         how = exact.method(model)
-        more |= _exact(model, data, how, num_particles)
+        more = _exact(model, data, how, num_particles)
         speed = speed_for(num_particles * len(columns), compile)
         with evaluating(model), fenced(seed, place):
             if how != "enumeration":
@@ -118,8 +112,6 @@ def evaluate(
                     more |= own_draws(model, on_device, needed, drawn, compile, progress)
             first = on_device.rows(slice(0, 1))
             measure, dimensions = kept.measure or measure_of(model.draw(first))
-    finally:
-        model.to(before)
     per_datum, per_unit = kept.datasets(more)
     _check_finite(model, per_datum)
     return Evaluation(

@@ -19,6 +19,7 @@ from pvae.evaluation.agreement import estimate, mean_and_error, pooled_error
 from pvae.evaluation.comparable import check_comparable, why_other_model
 from pvae.evaluation.evaluate import evaluate
 from pvae.evaluation.result import Evaluation
+from pvae.evaluation.shown import Shown
 from pvae.pair import Pair, check_amortised, check_pair
 from pvae.refinement import Refine
 
@@ -38,8 +39,8 @@ ROWS = {
 }
 
 
-@dataclass(frozen=True)
-class Gaps:
+@dataclass(frozen=True, repr=False)
+class Gaps(Shown):
     """The two gaps between log p(x) and the ELBO, for N data; all in nats.
 
     Args:
@@ -89,16 +90,9 @@ class Gaps:
             "a lower bound here, and the family's share at least this but for those steps."
         )
 
-    def __repr__(self) -> str:
-        table = self.summary().to_string(float_format="{:.3f}".format, na_rep="")
-        return f"{self._title}\n{table}\n{self.verdict}"
-
-    def _repr_html_(self) -> str:
-        table = self.summary().to_html(float_format="{:.3f}".format, na_rep="")
-        return f"<p>{self._title}</p>{table}<p>{self.verdict}</p>"
-
     @property
-    def _title(self) -> str:
+    def title(self) -> str:
+        """One line: model, data, and how they were looked at."""
         size = self.per_datum.sizes["datum"]
         return f"{self.model} on {size} data of {self.spec.space()}; nats per datum"
 

@@ -33,7 +33,7 @@ __all__ = ["Imputation", "impute"]
 Values = dict[str, Tensor]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Imputation:
     """Data with what was missing filled in; entries that were seen are as they were.
 
@@ -49,6 +49,14 @@ class Imputation:
     draws: Values
     probabilities: Values
     ess: Tensor
+
+    def __repr__(self) -> str:
+        sizes = ", ".join(f"{name} {tuple(v.shape)}" for name, v in self.draws.items())
+        median, least = float(self.ess.median()), float(self.ess.min())
+        return (
+            f"Imputation of {sizes}: draws, data, event; effective sample size {median:.0f} at the "
+            f"median, {least:.0f} at least"
+        )
 
 
 def impute(

@@ -11,6 +11,7 @@ from pvae.data import DataSpec
 from pvae.evaluation.agreement import counted, estimate, mean_and_error, sentences
 from pvae.evaluation.comparable import check_checkable
 from pvae.evaluation.rows import COLUMNS, rows_of
+from pvae.evaluation.shown import Shown
 from pvae.inference_data import evaluation_to_datatree
 
 if TYPE_CHECKING:
@@ -20,8 +21,8 @@ if TYPE_CHECKING:
 __all__ = ["Evaluation", "mean_and_error"]
 
 
-@dataclass(frozen=True)
-class Evaluation:
+@dataclass(frozen=True, repr=False)
+class Evaluation(Shown):
     """log p(x) of N data: bounds from K particles, or the exact value; all in nats.
 
     Args:
@@ -210,11 +211,3 @@ class Evaluation:
         if self.sampler == "chains":
             return f"AIS, {counted(size, 'chain')}"
         return "ELBO" if size == 1 and self.proposal == "guide" else f"L_{size}"
-
-    def __repr__(self) -> str:
-        table = self.summary().to_string(float_format="{:.3f}".format, na_rep="")
-        return f"{self.title}\n{table}\n{self.verdict}"
-
-    def _repr_html_(self) -> str:
-        table = self.summary().to_html(float_format="{:.3f}".format, na_rep="")
-        return f"<p>{self.title}</p>{table}<p>{self.verdict}</p>"

@@ -21,6 +21,7 @@ from pvae.evaluation.ais import Plan, ais
 from pvae.evaluation.annealing import Schedule
 from pvae.evaluation.latents import Start
 from pvae.evaluation.result import Evaluation
+from pvae.evaluation.shown import Shown
 from pvae.fence import evaluating, fenced, resolve_device
 from pvae.pair import Batch, Pair, check_pair
 from pvae.particles import check_count
@@ -32,8 +33,8 @@ if TYPE_CHECKING:
 __all__ = ["Sandwich", "sandwich"]
 
 
-@dataclass(frozen=True)
-class Sandwich:
+@dataclass(frozen=True, repr=False)
+class Sandwich(Shown):
     """Lower and upper bounds of log p(x) for simulated data, in nats.
 
     Args:
@@ -113,16 +114,9 @@ class Sandwich:
             )
         return f"{said}, more than chance often gives. Simulate more data."
 
-    def __repr__(self) -> str:
-        table = self.summary().to_string(float_format="{:.3f}".format, na_rep="")
-        return f"{self._title}\n{table}\n{self.verdict}"
-
-    def _repr_html_(self) -> str:
-        table = self.summary().to_html(float_format="{:.3f}".format, na_rep="")
-        return f"<p>{self._title}</p>{table}<p>{self.verdict}</p>"
-
     @property
-    def _title(self) -> str:
+    def title(self) -> str:
+        """One line: model, data, and how they were looked at."""
         chains = counted(self.num_chains, "chain")
         temperatures = counted(self.num_temperatures, "temperature")
         data = counted(self.simulated.sizes["datum"], "simulated datum")
