@@ -218,8 +218,12 @@ def evaluate(
     ] = None,
     num_particles: Particles = 5000,
     proposal: Annotated[
-        str, typer.Option(help='"guide", or "prior" to see naive Monte Carlo fail.')
-    ] = "guide",
+        str | None,
+        typer.Option(
+            help='"guide" (default); "refined" for each datum; "defensive", by which a mode that '
+            'the guide misses shows; or "prior", to see naive Monte Carlo fail.'
+        ),
+    ] = None,
     model: Annotated[
         str | None, typer.Option(help="FILE.py again, where the model is code of your own.")
     ] = None,
@@ -229,12 +233,12 @@ def evaluate(
     """Bound log p(x) of a run's test data.
 
     Prints bounds over a grid of K, their standard errors and diagnostics, and writes the table to
-    evaluation.csv in the run's folder.
+    evaluation.csv in the run's folder; by another proposal, to evaluation-PROPOSAL.csv.
 
     \b
     pvae evaluate runs/vae
     pvae evaluate runs/vae --num-particles 50000
-    pvae evaluate runs/vae --proposal prior
+    pvae evaluate runs/vae --proposal refined
     """
     from pvae import evaluation
 
@@ -247,7 +251,7 @@ def evaluate(
         device=device,
         progress=True,
     )
-    path = run / "evaluation.csv"
+    path = run / ("evaluation.csv" if proposal is None else f"evaluation-{proposal}.csv")
     result.summary().assign(model=result.model, data=result.spec.space()).to_csv(path)
     typer.echo(f"{result}\nWritten to {path}")
 

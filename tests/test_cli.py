@@ -178,6 +178,15 @@ def test_a_run_remembers_its_data_and_can_be_evaluated_by_another_proposal():
     assert "20 particles from the prior" in printed
 
 
+def test_another_proposal_leaves_the_tables_of_others_as_they_are():
+    works("fit ppca --set latent_size=2 --folder run --epochs 1")
+    works("evaluate run --num-particles 20")
+    before = Path("run/evaluation.csv").read_text()
+    assert "from the refined guide" in works("evaluate run --num-particles 20 --proposal refined")
+    assert Path("run/evaluation.csv").read_text() == before
+    assert Path("run/evaluation-refined.csv").exists()
+
+
 def test_seeds_give_initial_weights():
     for run, seed in (("one", 1), ("again", 1), ("two", 2)):
         works(f"{VAE} {run} --seed {seed}")
