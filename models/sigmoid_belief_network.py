@@ -18,6 +18,8 @@ def sigmoid_belief_network(
     data_size: int = 784, latent_sizes: tuple[int, ...] = (200, 200)
 ) -> LatentModel:
     """p(h_L) = Bernoulli, p(h_l | h_l+1) and p(x | h_1) = Bernoulli(sigmoid(W h + b)); q alike."""
+    if not latent_sizes:
+        raise ValueError("`latent_sizes` needs a number for each layer, got none.")
     layers = [(f"h{i}", size) for i, size in enumerate(latent_sizes, start=1)]
     above, top_size = layers[-1]
     sites = {above: Latent(Bernoulli, top_size, logits=Learned(0.0, top_size))}

@@ -79,6 +79,8 @@ def _site_to_json(site: Site | Given) -> dict[str, Any]:
         out |= {"missing": True} if site.missing else {}
     if isinstance(site, Latent) and site.flow:
         out["flow"] = [step.to_json() for step in site.flow]
+    if isinstance(site, Latent) and site.times_prior:
+        out["times_prior"] = True
     return out
 
 
@@ -93,8 +95,9 @@ def _site_from_json(data: Mapping[str, Any]) -> Any:
     if data["kind"] == "observed":
         options["check_support"] = data["check_support"]
         options["missing"] = data.get("missing", False)
-    elif "flow" in data:
-        options["flow"] = [Flow.from_json(step) for step in data["flow"]]
+    else:
+        options["flow"] = [Flow.from_json(step) for step in data.get("flow", [])]
+        options["times_prior"] = data.get("times_prior", False)
     return KINDS[data["kind"]](
         distribution,
         tuple(data["shape"]),
@@ -182,6 +185,8 @@ def _row(name: str, kind: str, module: SiteModule) -> tuple[str, ...]:
         parts.append("standard")
     if isinstance(site, Latent) and site.flow:
         parts.append(f"flow by {', '.join(map(str, site.flow))}")
+    if isinstance(site, Latent) and site.times_prior:
+        parts.append("times the prior")
     shape = str(module.event_shape)
     return name, kind, site.title, shape, ", ".join(site.given), "; ".join(parts)
 

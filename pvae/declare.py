@@ -212,7 +212,7 @@ class LatentModel(Pair):
                 )
             if not isinstance(entry, Latent):
                 raise TypeError(f"Guide entry {name!r} must be a Latent, got {entry!r}.")
-        parents = {name: entry.given for name, entry in self.guide_sites.items()}
+        parents = {name: self._guide_parents(name) for name in self.guide_sites}
         check_order("guide entry", parents, known=self.observed + self.given)
         for name, entry in self.guide_sites.items():
             module = self._guide_module(name, entry)
@@ -224,6 +224,8 @@ class LatentModel(Pair):
             supports = module.prototype.support, self.module_of(name).prototype.support
             if supports[0].is_discrete != supports[1].is_discrete:
                 refuse_supports(name, *supports)
+            if entry.times_prior:
+                module.multiply(self.module_of(name))
             self.guide_modules[name] = module
         for name in self.summed:
             if not self.module_of(name).summable:
@@ -234,6 +236,18 @@ class LatentModel(Pair):
                 )
         for name in self.latents:
             self._connect_pseudo_inputs(name)
+
+    def _guide_parents(self, name: str) -> tuple[str, ...]:
+        """What an entry's nets read, and the prior's too where the two are multiplied."""
+        entry = self.guide_sites[name]
+        above = parents_of(self.sites[name]) if entry.times_prior else ()
+        for parent in above:
+            if parent in self.latents and parent not in self.guide_sites:
+                raise ValueError(
+                    f"Guide entry {name!r} multiplies the prior, which is given {parent!r}: that "
+                    "is summed out, and has no value in the guide. Give it an entry before."
+                )
+        return (*entry.given, *above)
 
     def _connect_pseudo_inputs(self, name: str) -> None:
         site, pseudo = self.module_of(name).site, self.module_of(name).pseudo_inputs

@@ -24,6 +24,8 @@ def check_kinds(sites: Mapping[str, Any]) -> None:
     for name, site in sites.items():
         if not isinstance(site, Latent | Observed | Given):
             raise TypeError(f"Site {name!r} must be Latent, Observed or Given, got {site!r}.")
+        if isinstance(site, Latent) and site.times_prior:
+            raise ValueError(f"Site {name!r} is the prior: `times_prior` is for the guide's entry.")
         if hasattr(nn.ModuleDict(), name):
             raise ValueError(f"torch keeps the name {name!r} for itself: call the site otherwise.")
     if not any(isinstance(site, Observed) for site in sites.values()):

@@ -118,6 +118,7 @@ class SiteModule(nn.Module):
             self._add_net("", site.net, inputs, outputs | context)
         self._infer_event()
         self.flow = self._build_flow(steps, context) if steps else None
+        self.prior: tuple[SiteModule, ...] = ()  # a tuple, so that its parameters stay the model's
 
     def _add(self, key: str, value: Any, inputs: list[Input]) -> None:
         free = isinstance(value, Learned | Predicted)
@@ -263,6 +264,22 @@ class SiteModule(nn.Module):
         with torch.no_grad():
             parameter.copy_(raw)
 
+    def multiply(self, prior: "SiteModule") -> None:
+        """Make a guide's entry the product of itself and the model's prior.
+
+        Raises:
+            ValueError: unless that is a Normal of the same shape.
+        """
+        plain = prior.pseudo_inputs is None and prior.flow is None
+        kinds = [(site.distribution, site.shape) for site in (self.site, prior.site)]
+        if not plain or kinds[0] != kinds[1]:
+            raise ValueError(
+                f"Guide entry {self.name!r} multiplies the prior, which must be a Normal of shape "
+                f"{self.site.shape} without flow or PseudoInputs; it is {prior.site.title} of "
+                f"shape {prior.site.shape}."
+            )
+        self.prior = (prior,)
+
     def forward(self, values: Mapping[str, Tensor]) -> Distribution:
         """The distribution given its parents' values, batch dimensions leading in both."""
         parents = [values[name] for name in self.site.given]
@@ -277,8 +294,17 @@ class SiteModule(nn.Module):
             key: transform_to(self.constraints[key])(raw[key]) if key in raw else self._fixed(key)
             for key in self.shapes
         }
+        for prior in self.prior:
+            parameters = _product(parameters, prior(values).base_dist)
         d = self._distribution(parameters).to_event(self.event_dims)
         return d if self.flow is None else self.flow(d, context)
+
+
+def _product(own: Mapping[str, Tensor], prior: Any) -> dict[str, Tensor]:
+    """Of two Normals: their means weighted by their precisions, which add up."""
+    precision = own["scale"].pow(-2) + prior.scale.pow(-2)
+    loc = own["loc"] * own["scale"].pow(-2) + prior.loc * prior.scale.pow(-2)
+    return {"loc": loc / precision, "scale": precision.rsqrt()}
 
 
 def _in_full(value: Tensor) -> Tensor:

@@ -4,6 +4,7 @@
     Observed(Bernoulli, 784, given="z", net=MLP(200, 200))    logits are outputs of the net
     Observed(Normal, 64, given="z", net=Linear(), scale=Learned(0.1))
     Latent(Normal, 50, given="x", net=MLP(200, 200), flow=IAF(64))    its draws pass through a flow
+    Latent(Normal, 50, given="x", net=MLP(200, 200), times_prior=True)    q(z | x) ~ p(z) N(z; ...)
 
 Each parameter named in the distribution's own `arg_constraints` is one of: a constant, a free
 parameter (`Learned`), an output of the site's net or of a net of its own (`Predicted`), or, with
@@ -21,6 +22,7 @@ from typing import Any
 
 import pyro.distributions as pyro_distributions
 import torch
+from pyro.distributions import Normal
 from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Tensor, nn
 from torch.distributions import Distribution
@@ -161,20 +163,37 @@ class Latent(Site):
 
     Args:
         flow: one step or several of a flow, through which the distribution's draws pass.
+        times_prior: in a guide, whether the Normal declared here is multiplied by the model's own
+            Normal of the same latent, given what has been drawn above it: q(z | x, z') is
+            proportional to p(z | z') N(z; m(x), s(x)^2) (Sønderby et al. 2016, eq. 11 to 13).
 
     Raises:
         TypeError: for a step that is none.
+        ValueError: for `times_prior` of a distribution other than Normal, or beside a flow.
     """
 
     flow: tuple[Flow, ...] = ()
+    times_prior: bool = False
 
-    def __init__(self, *args: Any, flow: Flow | Sequence[Flow] = (), **kwargs: Any):
+    def __init__(
+        self,
+        *args: Any,
+        flow: Flow | Sequence[Flow] = (),
+        times_prior: bool = False,
+        **kwargs: Any,
+    ):
         super().__init__(*args, **kwargs)
+        if times_prior and (flow or self.distribution is not Normal):
+            raise ValueError(
+                "`times_prior` is for a Normal without a flow, whose product with another Normal "
+                f"is known, got {self.distribution.__name__}{' through a flow' if flow else ''}."
+            )
         steps = (flow,) if isinstance(flow, Flow) else tuple(flow)
         for step in steps:
             if not isinstance(step, Flow):
                 raise TypeError(f"`flow` takes steps such as pvae.flows.IAF(64), got {step!r}.")
         object.__setattr__(self, "flow", steps)
+        object.__setattr__(self, "times_prior", times_prior)
 
     @property
     def title(self) -> str:

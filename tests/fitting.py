@@ -23,6 +23,7 @@ SMALL = {  # of those that take `binary` data, and draw no discrete latent
     "factor_analysis": {"latent_size": 2},
     "gaussian_vae": NETS,
     "hierarchical_vae": {"latent_sizes": (3, 2), "hidden": (5,), "hidden_top": (4,)},
+    "ladder_vae": {"latent_sizes": (3, 2), "hidden": (5,), "hidden_top": (4,)},
     "mixture_of_bernoullis": {"num_components": 3},
     "mixture_of_factor_analysers": {"latent_size": 2, "num_components": 3},
     "mixture_of_gaussians": {"num_components": 3},

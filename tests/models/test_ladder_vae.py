@@ -17,6 +17,13 @@ def normal(module, *parents: Tensor) -> Normal:
     return Normal(out["loc"], out["scale"].exp())
 
 
+def product(one: Normal, other: Normal) -> Normal:
+    """Of two densities, from their natural parameters."""
+    first = one.loc / one.scale**2 + other.loc / other.scale**2
+    second = 1 / one.scale**2 + 1 / other.scale**2
+    return Normal(first / second, second**-0.5)
+
+
 def test_log_weights_are_the_formula_layer_by_layer():
     model = models.ladder_vae(6, (4, 3, 2), hidden=(5,), hidden_top=(5,)).double()
     x = torch.rand(7, 6, dtype=torch.float64).round()
@@ -26,8 +33,8 @@ def test_log_weights_are_the_formula_layer_by_layer():
     p, q = model.model_modules, model.guide_modules
     pairs = [
         (Normal(0.0, 1.0), normal(q["z3"], x), z3),
-        (normal(p["z2"], z3), normal(q["z2"], x, z3), z2),
-        (normal(p["z1"], z2), normal(q["z1"], x, z2), z1),
+        (above2 := normal(p["z2"], z3), product(above2, normal(q["z2"], x)), z2),
+        (above1 := normal(p["z1"], z2), product(above1, normal(q["z1"], x)), z1),
     ]
     expected = Bernoulli(logits=p["x"].nets["net"](z1)["logits"]).log_prob(x).sum(-1)
     for prior, guide, z in pairs:
@@ -80,11 +87,22 @@ def test_bounds_rise_to_the_integral(fitted):
     assert abs(gap[2]) < 0.02
 
 
-def test_each_layer_of_the_guide_sees_the_data():
+def test_the_guide_shares_the_models_way_down():
     model = models.ladder_vae(6, (4, 3, 2), hidden=(5,), hidden_top=(5,))
-    assert [entry.given for entry in model.guide_sites.values()] == [
-        ("x",),
-        ("x", "z3"),
-        ("x", "z2"),
-    ]
     assert list(model.guide_sites) == model.latents == ["z3", "z2", "z1"]
+    assert all(entry.given == ("x",) for entry in model.guide_sites.values())
+    guide = pyro.poutine.trace(model.guide).get_trace(torch.ones(1, 6))
+    guide.nodes["z1"]["fn"].base_dist.loc.sum().backward()
+    shared, own = (
+        [p.grad is not None for p in part["z1"].parameters()]
+        for part in (model.model_modules, model.guide_modules)
+    )
+    assert any(shared)
+    assert any(own)
+    assert len(dict(model.named_parameters())) == len(list(model.parameters()))
+
+
+@pytest.mark.parametrize("make", [models.ladder_vae, models.sigmoid_belief_network])
+def test_there_is_a_layer(make):
+    with pytest.raises(ValueError, match="`latent_sizes` needs a number for each layer, got none"):
+        make(6, ())
