@@ -163,7 +163,7 @@ def fit(
 
     The weights of the best epoch on validation data are kept. A FILE.py holds a function that
     returns a model, named as the file or after a colon; its `data_size` is filled in, or its
-    `image_shape`, and then images stay images. A label that a model is given is that of the data.
+    `image_shape`, and then images stay images. A model of data and a label gets that of the data.
     Data of your own are an .npy, .npz, .csv or .parquet file, or a folder of images.
 
     \b

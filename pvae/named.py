@@ -88,36 +88,37 @@ def load(told: dict[str, Any], root: Path | None) -> "Splits":
 
 
 def columns_for(model: "Pair", data: "Data") -> Any:
-    """The data as the model takes them: with their labels, where it is given a category.
+    """The data as the model takes them: with their labels, where one of its sites is a category.
 
     Raises:
-        ValueError: if the data have no labels, or the model is given anything else.
+        ValueError: if the data have no labels, or the model takes any other column.
     """
     from pvae.declare import LatentModel
 
-    if not isinstance(model, LatentModel) or not model.given:
+    if not isinstance(model, LatentModel) or len(columns := model.given + model.observed) == 1:
         return data
-    name, *more = model.given
-    site = model.inputs[name]
-    if more or site.categories is None or site.shape:
+    indices = [name for name in columns if not (i := model.inputs[name]).shape and i.categories]
+    others = [name for name in columns if name not in indices]
+    if (len(indices), len(others)) != (1, 1) or others[0] in model.given:
         raise ValueError(
-            f"{model.name!r} is conditioned on {', '.join(model.given)}, and here the only "
-            "columns beside the data are their labels, for one Given((), categories). Fit it in "
-            "Python: pvae.fit(model, {name: values, ...})."
+            f"{model.name!r} takes the columns {', '.join(columns)}, and here the only one beside "
+            "the data are their labels, for one site of categories, such as Given((), categories). "
+            "Fit it in Python: pvae.fit(model, {name: values, ...})."
         )
-    labels = data.labels
+    name, labels = indices[0], data.labels
+    size = int(model.inputs[name].categories or 0)
     if labels is None:
         raise ValueError(
-            f"{model.name!r} is conditioned on labels, {name!r}, and data {data.spec.name!r} have "
-            "none."
+            f"{model.name!r} takes labels, {name!r}, and data {data.spec.name!r} have none."
         )
-    if not 0 <= int(labels.min()) <= int(labels.max()) < site.categories:
+    least, most = int(labels.min()), int(labels.max())
+    if not 0 <= least <= most < size:
         raise ValueError(
-            f"{model.name!r} is given {name!r} of {site.categories} categories, 0 to "
-            f"{site.categories - 1}, and labels of {data.spec.name!r} go from {int(labels.min())} "
-            f"to {int(labels.max())}. Tell their number, as by --set categories=26."
+            f"{model.name!r} takes {name!r} of {size} categories, 0 to {size - 1}, and labels of "
+            f"{data.spec.name!r} go from {least} to {most}. Tell their number, as by --set "
+            "categories=26."
         )
-    return {model.observed[0]: data, name: labels}
+    return {others[0]: data, name: labels}
 
 
 def declare(model: str, function: Any, settings: list[str], splits: "Splits") -> Any:

@@ -215,14 +215,16 @@ def test_images_stay_images_for_models_that_take_their_shape():
     assert "flat" in works("compare run flat --num-particles 2")  # of the same bits
 
 
-def test_a_model_that_is_given_a_category_takes_the_datas_labels():
-    works(f"{CONDITIONAL} run")
+@pytest.mark.parametrize("model", ["conditional_vae", "semi_supervised_vae"])
+def test_a_model_that_takes_a_category_gets_the_datas_labels(model):
+    fit = CONDITIONAL.replace("conditional_vae", model)
+    works(f"{fit} run")
     works("evaluate run --num-particles 20 --device cpu")
     test = load_data("digits").test
     expected = pvae.evaluate(pvae.load("run").model, {"x": test, "y": test.labels}, 20)
     found = pd.read_csv("run/evaluation.csv", index_col=0)["value"]
     pd.testing.assert_series_equal(found, expected.summary()["value"], check_names=False)
-    works(f"{CONDITIONAL} other --seed 1")
+    works(f"{fit} other --seed 1")
     assert "other" in works("compare run other --num-particles 2")
 
 
@@ -317,9 +319,12 @@ def test_settings_are_read_as_python_writes_them(text, value):
         ("fit ppca --standardisation rows --folder run", "must be one of none, columns; got 'rows"),
         ("fit ppca --data mine.csv --folder run", "There is no data file 'mine.csv'"),
         (f"{CONV} run --data wine", "takes images (colours, height, width), and a datum of 'wine'"),
-        (f"{CONDITIONAL} run --data ring", "conditioned on labels, 'y', and data 'ring' have none"),
+        (f"{CONDITIONAL} run --data ring", "takes labels, 'y', and data 'ring' have none"),
         (f"{CONDITIONAL} run --set categories=3", "0 to 2, and labels of 'digits' go from 0 to 9"),
-        ("fit given_numbers.py --folder run", "conditioned on u, and here the only columns beside"),
+        (
+            "fit given_numbers.py --folder run",
+            "takes the columns u, x, and here the only one beside",
+        ),
         ("fit vae --device moon --folder run", "No device 'moon' here"),
         ("fit none.py --folder run", "There is no file none.py to read the model from"),
         ("fit my_model.py:other --folder run", "my_model.py has no function 'other'"),
