@@ -95,6 +95,11 @@ class Columns:
         """Noise drawn once, as evaluation needs it."""
         return self._each("realised")
 
+    def num_missing(self, labels: Collection[str] = ()) -> float:
+        """Entries that were not seen, a mean over data; those of `labels` do not count."""
+        own = [column.values for name, column in self.columns.items() if name not in labels]
+        return sum(int(values.isnan().sum()) for values in own) / len(self)
+
     @property
     def main(self) -> Data:
         """The first column, whose specification names the run's data."""

@@ -322,7 +322,10 @@ def test_a_loader_streams_missing_entries():
 def test_results_are_named_after_the_data_and_not_after_their_labels():
     result = pvae.evaluate(labelled(), partly(), 5, device="cpu")
     assert result.spec.event_shape == (6,)
-    assert (result.measure, result.dimensions) == ("probability", 6)
+    seen = float((~partly()["x"].isnan()).sum(1).double().mean())
+    assert (result.measure, result.dimensions) == ("probability", pytest.approx(seen))
+    bits, nats = (float(result.summary(bits=b).loc["L_5", "value"]) for b in (True, False))
+    assert bits == pytest.approx(nats / seen / math.log(2))
     assert set(result.per_datum) >= {"reconstruction[x]", "KL[z]", "KL[y]"}
     assert "reconstruction[y_seen]" not in result.per_datum
 

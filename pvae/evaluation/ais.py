@@ -92,7 +92,7 @@ def ais(
         model=model.name,
         spec=columns.main.spec,
         measure=measure,
-        dimensions=dimensions,
+        dimensions=dimensions - columns.num_missing(labels=model.summed),
         fingerprint=columns.fingerprint(),
         num_particles=num_chains,
         proposal=f"{start}, annealed over {num_temperatures} temperatures",

@@ -35,8 +35,8 @@ def check_comparable(first: str, one: "Evaluation", name: str, other: "Evaluatio
         )
     if one.dimensions != other.dimensions:
         raise ValueError(
-            f"{first!r} and {name!r} cannot be compared: p(x) is of {one.dimensions} numbers a "
-            f"datum under the one and of {other.dimensions} under the other. Declare models that "
+            f"{first!r} and {name!r} cannot be compared: p(x) is of {one.dimensions:g} numbers a "
+            f"datum under the one and of {other.dimensions:g} under the other. Declare models that "
             "observe the same columns."
         )
 

@@ -118,7 +118,7 @@ def evaluate(
         model=model.name,
         spec=columns.main.spec,
         measure=measure,
-        dimensions=dimensions,
+        dimensions=dimensions - columns.num_missing(labels=model.summed),
         fingerprint=columns.fingerprint(),
         num_particles=0 if how == "enumeration" else num_particles,
         proposal=drawn.name,

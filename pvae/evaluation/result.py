@@ -29,7 +29,8 @@ class Evaluation(Shown):
         model: name of the model.
         spec: what the data are.
         measure: what p(x) is: "probability" of discrete x, "density" of continuous x, or "both".
-        dimensions: numbers in one x, of all observed sites together.
+        dimensions: numbers in one x, of all observed sites together; where some were not seen, the
+            mean of those that were.
         fingerprint: of the data's values; results are paired only where it is equal.
         num_particles: K; 0 where every latent is summed out and nothing is drawn.
         proposal: where draws are from, such as "guide"; see `evaluate`.
@@ -51,7 +52,7 @@ class Evaluation(Shown):
     model: str
     spec: DataSpec
     measure: str
-    dimensions: int
+    dimensions: float
     fingerprint: str
     num_particles: int
     proposal: str

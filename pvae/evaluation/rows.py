@@ -33,7 +33,7 @@ def rows_of(result: "Evaluation", bits: bool) -> list[Row]:
     return [*rows, *_draws(result), *_khats(result), *parts, *_units(result)]
 
 
-def _in_bits(row: Row, dimensions: int) -> Row:
+def _in_bits(row: Row, dimensions: float) -> Row:
     name, value, of_data, of_draws, unit, what = row
     if unit != NATS:
         return row
