@@ -103,6 +103,18 @@ def test_a_conditional_model_gets_the_labels_of_its_data_and_says_so():
     assert kind == "lower bound L_30 of log p(x given y)"
 
 
+def test_labels_that_may_be_missing_are_few_in_training_and_none_in_a_test():
+    job = Job("digits, binary", "semi_supervised_vae()", "ELBO()", steps=1, **BRIEF)
+    model = zoo.called(job.model, vars(pvae.models), SMALL)
+    train = pvae.load_data("digits").train.subset(slice(35))
+    some, none = (zoo.columns(model, train, every)["y"] for every in (10, None))
+    seen = torch.tensor([0, 10, 20, 30])
+    assert torch.equal((~some.isnan()).nonzero()[:, 0], seen)
+    assert torch.equal(some[seen], train.labels[seen].float())
+    assert none.isnan().all()
+    assert zoo.evaluated(model, zoo.columns(model, train), job)["kind"] == "lower bound L_30"
+
+
 def test_the_rings_exact_value_is_that_of_an_integral_in_polar_coordinates():
     found = zoo.work(Job("ring", "ring()", "quadrature", steps=1, **BRIEF))
     x = pvae.load_data("ring").test[: BRIEF["num_test"]].double()
