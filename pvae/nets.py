@@ -259,17 +259,29 @@ class _Rows(nn.Module):
         return out.reshape(*flat.shape[:-1], -1)
 
 
-def _image(net: Net, shape: Shape, whose: str) -> tuple[int, int, int]:
-    if len(shape) != 3:
-        raise ValueError(
-            f"{type(net).__name__} needs {whose} of shape (channels, height, width), got {shape}."
-        )
-    return shape[0], shape[1], shape[2]
+class _Beside(nn.Module):
+    """Flat values in, of which some are an image: what is seen in it, beside the others.
+
+    Args:
+        see: convolutions.
+        head: what reads both.
+        sizes: of the values before the image, the image, and those after it.
+    """
+
+    def __init__(self, see: nn.Module, head: nn.Module, sizes: tuple[int, int, int]):
+        super().__init__()
+        self.see, self.head, self.sizes = see, head, sizes
+
+    def forward(self, flat: Tensor) -> Tensor:
+        before, image, after = flat.split(self.sizes, -1)
+        return self.head(torch.cat([before, self.see(image), after], -1))
 
 
 @dataclass(frozen=True, init=False)
 class Conv(_Layered):
     """An image in: 3 x 3 convolutions, each halving height and width, then a linear layer.
+
+    Other parents, such as a label, are read by the linear layer, beside what was seen.
 
     Args:
         hidden: channels after each convolution.
@@ -283,18 +295,31 @@ class Conv(_Layered):
         """Make the module; see `Net.build`.
 
         Raises:
-            ValueError: unless there is one parent, an image (channels, height, width).
+            ValueError: unless one parent is an image (channels, height, width).
         """
-        if len(inputs) != 1:
-            raise ValueError(f"Conv takes one image as its parent, got {len(inputs)} parents.")
-        channels, height, width = _image(self, inputs[0].shape, "a parent")
+        images = [n for n, i in enumerate(inputs) if len(i.shape) == 3 and i.categories is None]
+        if len(images) != 1:
+            raise ValueError(
+                "Conv needs one parent of shape (channels, height, width), got parents of shapes "
+                f"{[i.shape for i in inputs]}."
+            )
+        place = images[0]
+        channels, height, width = inputs[place].shape
         layers: list[nn.Module] = [nn.Unflatten(-1, (channels, height, width))]
         for after in self.hidden:
             layers += [nn.Conv2d(channels, after, 3, stride=2, padding=1)]
             layers += [ACTIVATIONS[self.activation]()]
             channels, height, width = after, (height + 1) // 2, (width + 1) // 2
-        layers += [nn.Flatten(), nn.Linear(channels * height * width, _size(outputs))]
-        return _Flat(_Rows(_started(nn.Sequential(*layers))), inputs, outputs)
+        layers.append(nn.Flatten())
+        before, after = (
+            sum(i.size for i in some) for some in (inputs[:place], inputs[place + 1 :])
+        )
+        head = nn.Linear(before + channels * height * width + after, _size(outputs))
+        body: nn.Module = nn.Sequential(*layers, head)
+        if len(inputs) > 1:
+            sizes = before, inputs[place].size, after
+            body = _Beside(nn.Sequential(*layers), head, sizes)
+        return _Flat(_Rows(_started(body)), inputs, outputs)
 
     def mirrored(self) -> "Deconv":
         """The decoder that undoes these steps."""
@@ -328,7 +353,13 @@ class Deconv(_Layered):
         Raises:
             ValueError: unless every output is an image of one shape (channels, height, width).
         """
-        shapes = {_image(self, shape, f"the parameter {name!r}") for name, shape in outputs.items()}
+        for name, shape in outputs.items():
+            if len(shape) != 3:
+                raise ValueError(
+                    f"Deconv needs the parameter {name!r} of shape (channels, height, width), got "
+                    f"{shape}."
+                )
+        shapes = set(outputs.values())
         if len(shapes) != 1 or not self.hidden:
             raise ValueError(f"Deconv needs layers and outputs of one image shape, got {shapes}.")
         channels, height, width = shapes.pop()

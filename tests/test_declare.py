@@ -112,6 +112,18 @@ def test_the_default_guide_mirrors_the_decoder_and_reads_all_data():
     assert model.guide_sites == {"z": expected}
 
 
+def test_the_default_guide_of_a_conditional_image_decoder_reads_image_and_label():
+    model = LatentModel(
+        y=Given(categories=3),
+        z=Latent(dist.Normal, 2),
+        x=Observed(dist.Bernoulli, (1, 8, 8), given=("z", "y"), net=Deconv(8, 4)),
+    )
+    assert model.guide_sites["z"].given == ("x", "y")
+    assert model.guide_sites["z"].net == Conv(4, 8)
+    images, labels = torch.rand(5, 1, 8, 8).round(), torch.arange(5) % 3
+    assert pvae.log_weights(model, {"x": images, "y": labels}, 4).shape == (4, 5)
+
+
 def test_the_default_guide_of_an_image_decoder_convolves():
     model = LatentModel(
         z=Latent(dist.Normal, 2),

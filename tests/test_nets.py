@@ -21,6 +21,7 @@ NETS = {
     "Log1p": (Log1p(MLP(4)), [COUNTS, INDEX], {"loc": (2,), "scale": ()}),
     "Ring": (Ring(), [VECTOR], {"loc": (3,)}),
     "Conv": (Conv(3, 4), [IMAGE], {"loc": (2,), "scale": (2,)}),
+    "Conv and others": (Conv(3, 4), [VECTOR, IMAGE, INDEX], {"loc": (2,), "scale": (2,)}),
     "Deconv": (Deconv(4, 3), [VECTOR, INDEX], {"loc": (2, 5, 7), "scale": (2, 5, 7)}),
 }
 
@@ -230,6 +231,18 @@ def test_a_convolution_halves_and_a_transposed_one_doubles_its_image():
     assert first.out_features == 4 * 2 * 2  # 2 -> 4 -> 8, cropped to 7
 
 
+def test_other_parents_are_read_beside_what_convolutions_see():
+    module = Conv(3).build([VECTOR, IMAGE, INDEX], {"loc": (2,)})
+    head = module.body.body.head
+    code, images = torch.randn(2, 1, 3), torch.randn(5, 2, 5, 7)
+    one, other = (module(v, images, torch.tensor(1))["loc"] for v in code)
+    difference = (head.weight[:, :3] @ (code[0] - code[1])[0]).expand(5, 2)
+    torch.testing.assert_close(one - other, difference)
+    first, last = (module(code[0], images, torch.tensor(k))["loc"] for k in (0, 3))
+    torch.testing.assert_close(last - first, (head.weight[:, -1] - head.weight[:, -4]).expand(5, 2))
+    assert one.std(0).min() > 0  # and of the image as well
+
+
 def test_images_of_several_parameters_are_separate_channels():
     module = Deconv(4).build([VECTOR], {"loc": (1, 4, 4), "scale": (1, 4, 4)})
     out = module(torch.randn(5, 3))
@@ -281,12 +294,14 @@ def test_the_ring_is_the_tutorials_map_and_stays_finite_at_the_origin():
             r"got a parent of event shape \(2,\)\. Use MLP or Linear",
         ),
         (
-            lambda: Conv(3).build([IMAGE, VECTOR], {"loc": (2,)}),
-            r"Conv takes one image as its parent, got 2 parents\.",
+            lambda: Conv(3).build([IMAGE, VECTOR, IMAGE], {"loc": (2,)}),
+            r"Conv needs one parent of shape \(channels, height, width\), got parents of shapes "
+            r"\[\(2, 5, 7\), \(3,\), \(2, 5, 7\)\]\.",
         ),
         (
             lambda: Conv(3).build([VECTOR], {"loc": (2,)}),
-            r"Conv needs a parent of shape \(channels, height, width\), got \(3,\)\.",
+            r"Conv needs one parent of shape \(channels, height, width\), got parents of shapes "
+            r"\[\(3,\)\]\.",
         ),
         (
             lambda: Deconv(3).build([VECTOR], {"logits": (64,)}),
