@@ -6,7 +6,9 @@ Of all priors the aggregate posterior, 1/N sum_n q(z | x_n), makes the ELBO larg
 The VampPrior is a short one: K pseudo-inputs u_k, learned, in the place of N data. Declared, k is a
 latent of K equal categories that is summed out, and z | k has the guide's distribution at u_k; so
 the guide's net is trained by both terms of the bound. As components move with the encoder, none
-is left behind where no data are encoded, as can happen to those of `mixture_vae`.
+is left behind where no data are encoded, as can happen to those of `mixture_vae`. By the plain ELBO
+it may collapse, all components in one place and z unused: warm its KL terms up, as the paper does,
+`fit(model, data, pvae.ELBO(beta=pvae.WarmUp(steps)))`.
 `model.module_of("z").pseudo_inputs.values()["x"]` are the u_k: blurred prototypes of the data.
 """
 

@@ -336,7 +336,7 @@ class Pair(nn.Module):
         first, last = self.posterior(start), self.posterior(end)
         first = {name: value[0] for name, value in first.items()} | self.encode(start)
         last = {name: value[0] for name, value in last.items()} | self.encode(end)
-        t = torch.linspace(0, 1, steps)
+        t = torch.linspace(0, 1, steps, dtype=torch.float64)
         for name, code in first.items():
             if len(code) != len(last[name]):
                 raise ValueError(
@@ -431,6 +431,7 @@ def _line(start: Tensor, end: Tensor, t: Tensor) -> Tensor:
     t = t.to(start.device).reshape(-1, *(1,) * start.dim())
     if not start.is_floating_point():
         return torch.where(t < 0.5, start, end)
+    t = t.to(start)
     return (1 - t) * start + t * end
 
 

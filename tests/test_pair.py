@@ -202,6 +202,17 @@ def test_an_interpolation_ends_at_the_decoded_codes():
     torch.testing.assert_close(path[2], (first + last) / 2)  # the decoder is affine
 
 
+def test_an_interpolation_is_as_precise_as_its_model():
+    """A third is no number of float32: float64 knows more of its digits."""
+    model = linear_vae().double()
+    start, end = torch.randn(2, 3, 4, dtype=torch.float64)
+    path = model.interpolate(start, end, steps=4)["x"]
+    thirds = path[0] + torch.arange(4.0, dtype=torch.float64).reshape(4, 1, 1) / 3 * (
+        path[-1] - path[0]
+    )
+    torch.testing.assert_close(path, thirds, rtol=0, atol=1e-12)
+
+
 def test_an_interpolation_of_a_deep_model_has_every_observed_site():
     model = deep()
     path = model.interpolate(deep_data(), deep_data(), steps=4)
