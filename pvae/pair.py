@@ -100,6 +100,15 @@ class Columns:
         own = [column.values for name, column in self.columns.items() if name not in labels]
         return sum(int(values.isnan().sum()) for values in own) / len(self)
 
+    def log_jacobian(self, given: Collection[str] = ()) -> dict[str, Tensor]:
+        """`Data.log_jacobian` over all columns but those `given`, (N,), by that name.
+
+        Empty where all values are stored as measured.
+        """
+        own = [column for name, column in self.columns.items() if name not in given]
+        found = [column.log_jacobian() for column in own if column.spec.is_scaled]
+        return {"log_jacobian": torch.stack(found).sum(0)} if found else {}
+
     @property
     def main(self) -> Data:
         """The first column, whose specification names the run's data."""

@@ -199,6 +199,17 @@ class Data(Dataset[Tensor]):
             digest.update(whole.numpy().tobytes())
         return digest.hexdigest()[:16]
 
+    def log_jacobian(self) -> Tensor:
+        """What to add to a log-density of each datum for one of values as measured, (N,), in nats.
+
+        See `DataSpec.log_jacobian`; entries that were not seen are in neither.
+        """
+        if not self.spec.missing:
+            return torch.full((len(self),), self.spec.log_jacobian, dtype=torch.float64)
+        each = torch.tensor(self.spec.log_jacobians, dtype=torch.float64)
+        seen = ~self.values.isnan().reshape(len(self), -1).cpu()
+        return seen.double() @ each
+
     def __repr__(self) -> str:
         noise = ", drawn anew for each batch" if self.resampled else ""
         shape = tuple(self.values.shape)

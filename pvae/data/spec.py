@@ -93,13 +93,24 @@ class DataSpec:
         """What to add to a log-density of values as stored for one of values as measured, in nats.
 
         Measured are a table's own numbers, and an image's levels 0, 1, ..., `levels` - 1, or level
-        + U[0, 1) where dequantised. Zero for bits, and for what is stored as given. Of data of
-        which entries are missing it is that of a datum without.
+        + U[0, 1) where dequantised. Zero for bits, and for what is stored as given. It is that of a
+        datum without missing entries; `Data.log_jacobian` is of those that were seen.
         """
+        return math.fsum(self.log_jacobians)
+
+    @property
+    def log_jacobians(self) -> list[float]:
+        """The same for each of the datum's dimensions, in order."""
         unit = 1  # of the measured values, in which [0, 1] is stored
         if self.levels is not None and self.binarisation == "none":
             unit = self.levels if self.dequantisation == "uniform" else self.levels - 1
-        return 0.0 - self.dimensions * math.log(unit) - math.fsum(map(math.log, self.scale))
+        scales = self.scale or [1.0] * self.dimensions
+        return [0.0 - math.log(unit) - math.log(scale) for scale in scales]
+
+    @property
+    def is_scaled(self) -> bool:
+        """Whether a density of values as stored is not one of values as measured."""
+        return self.dequantisation != "none" or self.standardisation != "none"
 
     def affine(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """`location` and `scale` in the shape of a datum, of the type and on the device of `like`.

@@ -85,7 +85,9 @@ def ais(
     columns = model.columns(data).realised()
     closed = exact.method(model) in ("enumeration", "linear-Gaussian")
     found, (measure, dimensions) = plan.anneal(model, columns, resolve_device(device), folder)
-    known = exact.log_prob(model, data) if closed else None
+    more = columns.log_jacobian(getattr(model, "given", ()))
+    if closed:
+        more["exact"] = exact.log_prob(model, data)
     import xarray as xr
 
     return Evaluation(
@@ -96,7 +98,7 @@ def ais(
         fingerprint=columns.fingerprint(),
         num_particles=num_chains,
         proposal=f"{start}, annealed over {num_temperatures} temperatures",
-        per_datum=_per_datum(found, known),
+        per_datum=_per_datum(found, more),
         per_unit=xr.Dataset(),
         seconds=time.perf_counter() - began,
         sampler="chains",
@@ -175,7 +177,7 @@ def _check_finite(model: Pair, log_w: Tensor) -> None:
         )
 
 
-def _per_datum(found: dict[str, Tensor], known: Tensor | None) -> Any:
+def _per_datum(found: dict[str, Tensor], more: dict[str, Tensor]) -> Any:
     import xarray as xr
 
     sizes = sorted({1, len(found["log_w"])})
@@ -183,7 +185,6 @@ def _per_datum(found: dict[str, Tensor], known: Tensor | None) -> Any:
         name: (("particles", "datum")[-value.dim() :], value.numpy())
         for name, value in bounds_of(found["log_w"], sizes).items()
     }
-    columns["acceptance"] = (("datum",), found["acceptance"].double().numpy())
-    if known is not None:
-        columns["exact"] = (("datum",), known.double().cpu().numpy())
+    for name, value in ({"acceptance": found["acceptance"]} | more).items():
+        columns[name] = (("datum",), value.double().cpu().numpy())
     return xr.Dataset(columns, {"particles": sizes})

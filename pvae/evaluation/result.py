@@ -36,9 +36,10 @@ class Evaluation(Shown):
         proposal: where draws are from, such as "guide"; see `evaluate`.
         per_datum: xarray Dataset over `datum`: `bound` and `bound_se` (standard error over draws)
             over `particles`, the grid of K; `khat`; `ess`; `psis`, the estimate from smoothed
-            weights; `cubo`, an upper bound in the limit of draws; terms such as `KL[z]`; and
-            `exact`, where log p(x) is known. Where data have draws of their own number,
-            `draws`, and `bound_own` with `bound_own_se`, the bound from all of them.
+            weights; `cubo`, an upper bound in the limit of draws; terms such as `KL[z]`; `exact`,
+            where log p(x) is known; `log_jacobian`, what to add for a density of values as
+            measured, where they are stored on another scale. Where data have draws of their own
+            number, `draws`, and `bound_own` with `bound_own_se`, the bound from all of them.
         per_unit: xarray Dataset: `KL[z]` and `activity[z]`, the variance over data of E_q[z | x],
             for each unit of each guided latent.
         seconds: time it took.

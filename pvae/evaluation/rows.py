@@ -71,14 +71,11 @@ def _bounds(result: "Evaluation") -> list[Row]:
 
 def _as_measured(result: "Evaluation") -> list[Row]:
     """The best statement as a density of values before they were scaled, where they were."""
-    spec, shift = result.spec, result.spec.log_jacobian
-    scaled = spec.dequantisation != "none" or spec.standardisation != "none"
-    if result.measure != "density" or not scaled:
+    shift = result.per_datum.get("log_jacobian")
+    if shift is None or result.measure == "probability":
         return []
-    parts = [f"{spec.levels} levels"] if spec.dequantisation != "none" else []
-    parts += ["standardised columns"] if spec.standardisation != "none" else []
-    what = f"{result.kind}, in units of the data as measured: {shift:+.2f} nats for "
-    return [_mean("as measured", result.log_p + shift, what + " and ".join(parts))]
+    what = f"{result.kind}, in units of the data as measured: {float(shift.mean()):+.2f} nats"
+    return [_mean("as measured", result.log_p + shift, what)]
 
 
 def _warning(result: "Evaluation") -> str:
