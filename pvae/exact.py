@@ -29,6 +29,7 @@ from pvae.sites import Predicted
 
 __all__ = [
     "Intractable",
+    "completed",
     "linear_gaussian",
     "log_prob",
     "method",
@@ -151,15 +152,20 @@ def _is_linear_gaussian(module: SiteModule, summed: set[str]) -> bool:
 
 def _given_each(model: LatentModel, data: Any) -> Tensor:
     """log p(c) p(x | c) for each value c of the summed latents together, (C, N)."""
-    names = [name for name in model.latents if model.module_of(name).summable]
-    supports = [model.module_of(name).prototype.enumerate_support() for name in names]
     joint = []
     with evaluating(model):
-        for values in product(*(support.unsqueeze(1) for support in supports)):
-            c = dict(zip(names, values, strict=True))  # each (1,)
-            log_p = sum(model.module_of(name)(c).log_prob(c[name]) for name in names)
+        for c in _summed_values(model):
+            log_p = sum(model.module_of(name)(c).log_prob(c[name]) for name in c)
             joint.append(log_p + _observed(linear_gaussian(model, data, c), data, model))
     return torch.stack(joint)
+
+
+def _summed_values(model: LatentModel) -> Iterator[dict[str, Tensor]]:
+    """Each value of the summed latents together, (1,) by name."""
+    names = [name for name in model.latents if model.module_of(name).summable]
+    supports = [model.module_of(name).prototype.enumerate_support() for name in names]
+    for values in product(*(support.unsqueeze(1) for support in supports)):
+        yield dict(zip(names, values, strict=True))
 
 
 def linear_gaussian(
@@ -295,6 +301,46 @@ def posterior(model: LatentModel, data: Any) -> dict[str, MultivariateNormal]:
         S = (S + S.mT) / 2
         result[name] = MultivariateNormal(mean.to(dtype), S.to(dtype))
     return result
+
+
+def completed(model: LatentModel, data: Any, num_samples: int) -> tuple[Tensor, Tensor]:
+    """What was not seen given what was, of all observed sites in a row (Bishop 2006, 2.81, 2.82).
+
+    Args:
+        model: a model whose method is "linear-Gaussian".
+        data: columns, NaN where entries are missing.
+        num_samples: S.
+
+    Returns:
+        E[x | x_seen], (N, D), and draws of x given x_seen, (S, N, D), in float64.
+    """
+    log_p = _given_each(model, data)
+    weights = log_p.double().softmax(0)
+    chosen = torch.multinomial(weights.T, num_samples, replacement=True).T
+    mean, drawn = torch.zeros(()), torch.zeros(())
+    for number, c in enumerate(_summed_values(model)):
+        found = linear_gaussian(model, data, c)
+        centred, _, C = _joint(found, data, model)
+        offset = torch.cat([found[n][0].flatten(1) for n in model.observed], 1)
+        own, draws = _conditional(centred, C, num_samples)
+        mean = mean + weights[number, :, None] * (offset + own)
+        drawn = torch.where((chosen == number).unsqueeze(-1), offset + draws, drawn)
+    return mean, drawn
+
+
+def _conditional(x: Tensor, C: Tensor, num_samples: int) -> tuple[Tensor, Tensor]:
+    """N(0, C) given what of x (N, D) is not NaN: the mean (N, D), and draws (S, N, D)."""
+    mean, draws = x.clone(), x.expand(num_samples, *x.shape).clone()
+    for rows, seen in _by_pattern(x):
+        absent = x[rows[0]].isnan().nonzero().squeeze(1)
+        L = torch.linalg.cholesky(C[seen][:, seen])
+        gain = torch.cholesky_solve(C[seen][:, absent], L).T
+        own = x[rows][:, seen] @ gain.T
+        spread = torch.linalg.cholesky(C[absent][:, absent] - gain @ C[seen][:, absent])
+        mean[rows[:, None], absent] = own
+        noise = torch.randn(num_samples, *own.shape, dtype=x.dtype, device=x.device)
+        draws[:, rows[:, None], absent] = own + noise @ spread.T
+    return mean, draws
 
 
 # ------------------------------------------------------------------------------ quadrature

@@ -93,6 +93,18 @@ class Seen(TorchDistribution):
         parts = len(self.whole.event_shape) - len(d.event_shape)
         return sum_rightmost(log_prob(d, value), parts)
 
+    def completed(self, value: Tensor, other: Tensor) -> Tensor:
+        """Entries that were seen as in `value`, the others as in `other`, given what was seen.
+
+        Of the mean it makes the conditional mean, of a draw one of p(x_missing | x_seen): for a
+        Gaussian by Matheron's rule, x + Sigma_:s Sigma_ss^-1 (x_seen - x_s) (Wilson et al. 2020,
+        Efficiently sampling functions from Gaussian process posteriors, eq. 9).
+        """
+        seen, d = ~value.isnan(), _innermost(self.whole)
+        if isinstance(d, GAUSSIAN):
+            other = other + _told(d, torch.where(seen, value - other, 0.0), seen)
+        return torch.where(seen, value, other)
+
 
 class Label(TorchDistribution):
     """What is known of an index y: p(label | y) = 1[label = y], and 1 where there is none (NaN).
@@ -209,13 +221,35 @@ def _of_gaussian(d: Any, value: Tensor) -> Tensor:
     seen = ~value.isnan()
     x = torch.where(seen, value, d.loc)
     if isinstance(d, LowRankMultivariateNormal):
-        W = d.cov_factor * seen.unsqueeze(-1)
-        diagonal = torch.where(seen, d.cov_diag, 1.0)
+        W, diagonal = _low_rank_of(d, seen)
         of_seen: Any = LowRankMultivariateNormal(d.loc, W, diagonal, validate_args=False)
     else:
-        both = seen.unsqueeze(-1) & seen.unsqueeze(-2)
-        one = torch.eye(value.shape[-1], dtype=value.dtype, device=value.device)
-        covariance = torch.where(both, d.covariance_matrix, one)
-        of_seen = MultivariateNormal(d.loc, covariance, validate_args=False)
+        of_seen = MultivariateNormal(d.loc, _covariance_of(d, seen), validate_args=False)
     off = 0.5 * math.log(2 * math.pi) * (~seen).sum(-1)
     return torch.where(seen.all(-1), d.log_prob(x), of_seen.log_prob(x) + off)
+
+
+def _low_rank_of(d: Any, seen: Tensor) -> tuple[Tensor, Tensor]:
+    """Factor and diagonal of the covariance, the entries that were not seen standard Normal."""
+    return d.cov_factor * seen.unsqueeze(-1), torch.where(seen, d.cov_diag, 1.0)
+
+
+def _covariance_of(d: Any, seen: Tensor) -> Tensor:
+    """The covariance, the entries that were not seen standard Normal."""
+    both = seen.unsqueeze(-1) & seen.unsqueeze(-2)
+    one = torch.eye(seen.shape[-1], dtype=d.loc.dtype, device=seen.device)
+    return torch.where(both, d.covariance_matrix, one)
+
+
+def _told(d: Any, r: Tensor, seen: Tensor) -> Tensor:
+    """Sigma_:s Sigma_ss^-1 r_s, of r that is zero where nothing was seen."""
+    if not isinstance(d, LowRankMultivariateNormal):
+        L = torch.linalg.cholesky(_covariance_of(d, seen))
+        u = torch.cholesky_solve(r.unsqueeze(-1), L)
+        return (d.covariance_matrix @ u).squeeze(-1)
+    W, diagonal = _low_rank_of(d, seen)  # Woodbury's identity
+    scaled = W.mT / diagonal.unsqueeze(-2)
+    C = torch.eye(W.shape[-1], dtype=W.dtype, device=W.device) + scaled @ W
+    inner = torch.cholesky_solve(scaled @ r.unsqueeze(-1), torch.linalg.cholesky(C))
+    u = r / diagonal - (scaled.mT @ inner).squeeze(-1)
+    return d.cov_diag * u + (d.cov_factor @ (d.cov_factor.mT @ u.unsqueeze(-1))).squeeze(-1)

@@ -380,7 +380,7 @@ def assert_mean(found: Tensor, expected: Tensor) -> None:
 
 def test_the_conditional_mean_and_spread_of_a_linear_gaussian_model_are_imputed(guided):
     x = holes(TRUTH.sample(8))
-    runs = [pvae.impute(guided, x, 2000, 200, seed=seed) for seed in range(20)]
+    runs = [pvae.impute(guided, x, 2000, 200, proposal="guide", seed=seed) for seed in range(20)]
     mean, variance = conditional(x)
     draws = torch.stack([run.draws["x"] for run in runs])
     assert_mean(torch.stack([run.mean["x"] for run in runs]), mean)
@@ -392,21 +392,95 @@ def test_the_conditional_mean_and_spread_of_a_linear_gaussian_model_are_imputed(
     assert float(runs[0].ess.min()) > 50
 
 
-def test_a_mixture_imputes_its_exact_mean():
-    model, _ = mixture_of("diagonal")
+def regressed(x: Tensor, mean: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean (N, D) and second moment (N, D) of N(mean, C) given the entries that are not NaN."""
+    found, squares = x.clone(), x.square()
+    for row, square in zip(found, squares, strict=True):
+        s = ~row.isnan()
+        gain = C[~s][:, s] @ torch.linalg.inv(C[s][:, s])
+        square[~s] = (C[~s][:, ~s] - gain @ C[s][:, ~s]).diag()
+        row[~s] = mean[~s] + gain @ (row[s] - mean[s])
+        square[~s] += row[~s].square()
+    return found, squares
+
+
+def moments_of_mixture(x: Tensor, loc: Tensor, covariances: Tensor) -> tuple[Tensor, Tensor]:
+    """Of x given what was seen, component by component."""
+    parts = list(zip(MIXTURE.probs, loc, covariances, strict=True))
+    joint = torch.stack([p.log() + gaussian_of_seen(x, m, C) for p, m, C in parts])
+    moments = [regressed(x, m, C) for _, m, C in parts]
+    weights = joint.softmax(0).unsqueeze(-1)
+    mean, square = (sum(w * m[i] for w, m in zip(weights, moments, strict=True)) for i in (0, 1))
+    return mean, square
+
+
+def assert_imputes(found: pvae.Imputation, mean: Tensor, square: Tensor) -> None:
+    """Draws within 4.5 standard errors."""
+    assert_close(found.mean["x"], mean, rtol=0, atol=1e-6)
+    draws = found.draws["x"]
+    for values, expected in ((draws, mean), (draws.square(), square)):
+        error = values.std(0) / math.sqrt(len(values))
+        assert bool(((values.mean(0) - expected).abs() <= 4.5 * error + 1e-6).all())
+
+
+@pytest.mark.parametrize("form", ["diagonal", "full", "low rank"])
+def test_a_mixture_imputes_its_exact_mean(form):
+    """Entries that are correlated in a component tell of each other."""
+    model, covariances = mixture_of(form)
     x = holes(MIXTURE.sample(12))
-    parts = zip(MIXTURE.probs, MIXTURE.loc, MIXTURE.scale, strict=True)
-    joint = torch.stack([p.log() + gaussian_of_seen(x, m, s.square().diag()) for p, m, s in parts])
-    expected = (joint - joint.logsumexp(0)).exp().T @ MIXTURE.loc
-    found = pvae.impute(model, x, 3, 2)
-    assert_close(found.mean["x"], torch.where(x.isnan(), expected, x), rtol=0, atol=1e-6)
+    found = pvae.impute(model, x, 3, 4000)
+    assert_imputes(found, *moments_of_mixture(x, MIXTURE.loc, covariances))
     assert_close(found.ess, torch.full((12,), 3.0, dtype=torch.float64))
+
+
+def test_a_linear_gaussian_model_imputes_exactly_whatever_its_guide():
+    x = holes(TRUTH.sample(12))
+    found = pvae.impute(linear_gaussian(), x, 1, 4000)
+    mean, variance = conditional(x)
+    assert_imputes(found, mean, mean.square() + variance)
+    assert bool(found.ess.isinf().all())
+    assert repr(found) == "Imputation of x (4000, 12, 5): draws, data, event; exact"
+
+
+def test_a_mixture_of_factor_analysers_imputes_exactly():
+    torch.manual_seed(4)
+    model = pvae.models.mixture_of_factor_analysers(4, latent_size=2, num_components=3).double()
+    model.module_of("c").assign("logits", MIXTURE.probs.log())
+    x, components = holes(MIXTURE.sample(12)), model.module_of("x")({"c": torch.arange(3)})
+    found = pvae.impute(model.with_missing(), x, 1, 4000)
+    moments = moments_of_mixture(x, components.loc.detach(), components.covariance_matrix.detach())
+    assert_imputes(found, *moments)
+
+
+def test_a_mixture_behind_a_linear_decoder_imputes_exactly_whatever_its_guide():
+    m, s = normal(3, 2, seed=1), normal(3, 2, seed=2).exp()
+    W, b = normal(4, 2, seed=3), normal(4, seed=4)
+    model = LatentModel(
+        c=Latent(dist.Categorical, 3, logits=MIXTURE.probs.log()),
+        z=Latent(dist.Normal, 2, given="c", net=Table()),
+        x=Observed(dist.Normal, 4, given="z", net=Linear(), scale=0.5, missing=True),
+    )
+    model = with_parameters(model, z=(m, s.log()), x=(W, b))
+    assert exact.method(model) == "linear-Gaussian"
+    x = holes(MIXTURE.sample(12))
+    covariances = W @ s.square().diag_embed() @ W.T + 0.25 * torch.eye(4, dtype=torch.float64)
+    found = pvae.impute(model, x, 1, 4000)
+    assert bool(found.ess.isinf().all())
+    assert_imputes(found, *moments_of_mixture(x, m @ W.T + b, covariances))
+
+
+def test_few_effective_particles_are_told():
+    x = holes(TRUTH.sample(8))
+    with pytest.warns(
+        UserWarning, match=r"below 10 for \d+ % of data, .*: try `proposal=\"refined\""
+    ):
+        pvae.impute(linear_gaussian(), x, 30, 1, proposal="prior")
 
 
 def test_passes_over_few_particles_each_impute_the_same(guided, monkeypatch):
     x = holes(TRUTH.sample(8))
     monkeypatch.setattr("pvae.passes.MAX_ROWS", 8 * 50)
-    runs = [pvae.impute(guided, x, 1000, 400, seed=seed) for seed in range(30)]
+    runs = [pvae.impute(guided, x, 1000, 400, proposal="guide", seed=seed) for seed in range(30)]
     mean, variance = conditional(x)
     draws = torch.stack([run.draws["x"] for run in runs])
     assert_mean(torch.stack([run.mean["x"] for run in runs]), mean)
@@ -431,7 +505,7 @@ def test_the_upper_half_of_digits_is_completed_from_the_lower():
 def test_the_random_state_stays_as_it_was_and_the_seed_decides():
     model, x = vae(), partly()["x"]
     before = torch.get_rng_state()
-    one, same, other = (pvae.impute(model, x, 20, 2, seed=seed).draws["x"] for seed in (0, 0, 1))
+    one, same, other = (pvae.impute(model, x, 200, 2, seed=seed).draws["x"] for seed in (0, 0, 1))
     assert torch.equal(torch.get_rng_state(), before)
     assert torch.equal(one, same)
     assert not torch.equal(one, other)
@@ -517,5 +591,6 @@ def test_only_a_declared_model_imputes():
 
 
 def test_an_imputation_shows_its_sizes_and_on_how_many_particles_it_rests():
-    found = pvae.impute(TRUTH.declared().with_missing(), TRUTH.sample(4), 50, 3)
+    model = TRUTH.declared().with_missing()
+    found = pvae.impute(model, TRUTH.sample(4), 50, 3, proposal="defensive")
     assert repr(found).startswith("Imputation of x (3, 4, 5): draws, data, event; effective sample")

@@ -1,16 +1,18 @@
 """Imputation: what was not seen of a datum, from what was, by sampling importance resampling.
 
     z_k ~ q(z | x_seen),    w~_k = w_k / sum_j w_j:   particles that stand for p(z | x_seen)
-    mean:   sum_k w~_k E[x_missing | z_k]                   (self-normalised importance sampling)
-    draws:  k ~ Categorical(w~),  x_missing ~ p(x | z_k)    (sampling importance resampling)
+    mean:   sum_k w~_k E[x_missing | z_k, x_seen]           (self-normalised importance sampling)
+    draws:  k ~ Categorical(w~),  x_missing ~ p(x | z_k, x_seen)    (SIR)
 
 Sources: Mattei & Frellsen 2019 (MIWAE), section 3; Rubin 1987 (SIR, and multiple imputation).
 
 Several draws of each datum are multiple imputation: how they differ is what is not known. Self-
-normalised weights are right in the limit of particles, from which the effective sample size tells
-how far they are. A label that is missing is an entry like others: its probabilities classify.
+normalised weights are right in the limit of particles, and the effective sample size tells how far
+they are from it. Of linear-Gaussian models, and of mixtures of them, p(x_missing | x_seen) is known
+in closed form, and used. A label that is missing is an entry: its probabilities classify.
 """
 
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,9 +22,11 @@ from pyro import poutine
 from torch import Tensor
 from torch.distributions import Independent
 
+from pvae import exact
 from pvae.declare import LatentModel
 from pvae.fence import evaluating, fenced, module_device
-from pvae.pair import Batch
+from pvae.missing import Seen
+from pvae.pair import Batch, Columns
 from pvae.particles import Particles, check_count, draw
 from pvae.passes import How, Proposal, weigh
 from pvae.programs import Unobserved
@@ -30,6 +34,7 @@ from pvae.refinement import ALONE
 
 __all__ = ["Imputation", "impute"]
 
+FEW = 10  # particles that a mean or a draw may rest on without a warning
 Values = dict[str, Tensor]
 
 
@@ -42,7 +47,7 @@ class Imputation:
         draws: of p(x | x_seen) by observed site, (S, N, *event).
         probabilities: p(index | x_seen), (N, *event, categories), by observed site of indices.
         ess: effective sample size of each datum's weights, (N,). Where it is small, mean and draws
-            rest on few particles.
+            rest on few particles; it is infinite where both are exact.
     """
 
     mean: Values
@@ -52,6 +57,8 @@ class Imputation:
 
     def __repr__(self) -> str:
         sizes = ", ".join(f"{name} {tuple(v.shape)}" for name, v in self.draws.items())
+        if bool(self.ess.isinf().all()):
+            return f"Imputation of {sizes}: draws, data, event; exact"
         median, least = float(self.ess.median()), float(self.ess.min())
         return (
             f"Imputation of {sizes}: draws, data, event; effective sample size {median:.0f} at the "
@@ -75,7 +82,8 @@ def impute(
         data: (N, *event), or columns by name, NaN where entries are missing.
         num_particles: K, whose weights stand for p(z | x_seen).
         num_samples: S, imputations of each datum; 1 for single imputation.
-        proposal: as of `evaluate`.
+        proposal: as of `evaluate`. Left out, a linear-Gaussian model, or a mixture of them, needs
+            no particles.
         seed: of all draws. The caller's random state stays as it was.
 
     Returns:
@@ -85,6 +93,10 @@ def impute(
         TypeError: for a model that is not declared.
         ValueError: for data that do not fit the model, or numbers below one.
         FloatingPointError: for a datum all of whose weights are zero.
+
+    Warns:
+        UserWarning: where the effective sample size of a tenth of the data, or more, is below ten
+            or half of K.
     """
     if not isinstance(model, LatentModel):
         raise TypeError(f"`impute` takes a declared LatentModel, got {type(model).__name__}.")
@@ -95,6 +107,8 @@ def impute(
     columns = model.columns(data).realised().to(device)
     found: list[Imputation] = []
     with evaluating(model), fenced(seed, device):
+        if proposal is None and exact.method(model) == "linear-Gaussian":
+            return _exactly(model, columns, num_samples)
         for rows, passes in weigh(model, columns, num_particles, how, whole=num_particles):
             batch = columns.rows(rows)
             pool = _Pool(model, _partly(model, batch), num_samples)
@@ -103,7 +117,38 @@ def impute(
                 pool.add(log_weights.double(), particles)
             pool.check(rows.start)
             found.append(_completed(model, batch, pool))
-    return _joined(found)
+    result = _joined(found)
+    absent = [
+        column.values.isnan().reshape(len(columns), -1) for column in columns.columns.values()
+    ]
+    _warn_of_few(result.ess[torch.cat(absent, 1).any(1)], how, num_particles)
+    return result
+
+
+def _exactly(model: LatentModel, columns: Columns, num_samples: int) -> Imputation:
+    """In closed form, from the Gaussian of what was not seen given what was."""
+    data = columns.rows(slice(None))
+    means, draws = exact.completed(model, data, num_samples)
+    values, sizes = _by_name(model, data), [model.inputs[name].size for name in model.observed]
+    mean, drawn = {}, {}
+    for (name, x), one, many in zip(
+        values.items(), means.split(sizes, -1), draws.split(sizes, -1), strict=True
+    ):
+        mean[name] = torch.where(x.isnan(), one.reshape(x.shape).to(x), x)
+        drawn[name] = torch.where(x.isnan(), many.reshape(-1, *x.shape).to(x), x)
+    return Imputation(mean, drawn, {}, torch.full((len(columns),), torch.inf))
+
+
+def _warn_of_few(ess: Tensor, how: How, num_particles: int) -> None:
+    limit = min(FEW, num_particles / 2)
+    few = float((ess < limit).double().mean()) if len(ess) else 0.0
+    if few >= 0.1:
+        more = "" if how.name == "refined" else '`proposal="refined"`, or '
+        warnings.warn(
+            f"The effective sample size is below {limit:g} for {100 * few:.0f} % of data, whose "
+            f"means and draws rest on so few particles: try {more}more `num_particles`.",
+            stacklevel=3,
+        )
 
 
 class _Pool:
@@ -195,9 +240,10 @@ def _mean(model: LatentModel, particles: Particles, name: str) -> Tensor:
             return particles.expected(support, rank)
         each = torch.arange(categories, device=support.device)
         return particles.expected((support.unsqueeze(-1) == each).double(), 1)
-    d: Any = getattr(particles.model_sites[name], "whole", particles.model_sites[name])
+    d: Any = particles.model_sites[name]
     if categories is None:
-        return particles.expected(d.mean, rank)
+        return particles.expected(d.completed(particles.values[name], d.mean), rank)
+    d = d.whole
     while isinstance(d, Independent):
         d = d.base_dist
     return particles.expected(d.probs, rank + 1)
@@ -216,7 +262,11 @@ def _drawn(model: LatentModel, batch: Batch, z: Values, num_samples: int) -> Val
     plate = pyro.plate("particles", num_samples, dim=-1 - plates.nesting)
     program = plate(poutine.condition(Unobserved()(model.model), given))
     trace: Any = poutine.trace(program).get_trace(batch)
-    return {name: trace.nodes[name]["value"] for name in model.observed}
+    found = {name: trace.nodes[name]["value"] for name in model.observed}
+    for name, x in _by_name(model, batch).items():
+        if isinstance(d := trace.nodes[name]["fn"], Seen):
+            found[name] = d.completed(x, found[name])
+    return found
 
 
 def _completed(model: LatentModel, batch: Batch, pool: _Pool) -> Imputation:
