@@ -403,6 +403,7 @@ def evaluation_to_datatree(evaluation: "Evaluation") -> "xr.DataTree":
         "data_spec": json.dumps(evaluation.spec.to_json()),
         "data_fingerprint": evaluation.fingerprint,
         "num_data": evaluation.log_p.size,
+        "of": evaluation.of,
         "measure": evaluation.measure,
         "dimensions": evaluation.dimensions,
         "num_particles": evaluation.num_particles,

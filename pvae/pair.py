@@ -95,11 +95,6 @@ class Columns:
         """Noise drawn once, as evaluation needs it."""
         return self._each("realised")
 
-    def num_missing(self, labels: Collection[str] = ()) -> float:
-        """Entries that were not seen, a mean over data; those of `labels` do not count."""
-        own = [column.values for name, column in self.columns.items() if name not in labels]
-        return sum(int(values.isnan().sum()) for values in own) / len(self)
-
     def log_jacobian(self, given: Collection[str] = ()) -> dict[str, Tensor]:
         """`Data.log_jacobian` over all columns but those `given`, (N,), by that name.
 
@@ -114,9 +109,10 @@ class Columns:
         """The first column, whose specification names the run's data."""
         return next(iter(self.columns.values()))
 
-    def fingerprint(self) -> str:
-        """Of all values; see `Data.fingerprint`."""
-        return "-".join(column.fingerprint() for column in self.columns.values())
+    def fingerprint(self, without: Collection[str] = ()) -> str:
+        """Of all values, but of columns `without`; see `Data.fingerprint`."""
+        own = [column for name, column in self.columns.items() if name not in without]
+        return "-".join(column.fingerprint() for column in own)
 
 
 class Pair(nn.Module):

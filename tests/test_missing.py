@@ -322,7 +322,8 @@ def test_a_loader_streams_missing_entries():
 def test_results_are_named_after_the_data_and_not_after_their_labels():
     result = pvae.evaluate(labelled(), partly(), 5, device="cpu")
     assert result.spec.event_shape == (6,)
-    seen = float((~partly()["x"].isnan()).sum(1).double().mean())
+    assert result.of == "x, y"
+    seen = float(sum((~values.isnan()).sum() for values in partly().values())) / 40
     assert (result.measure, result.dimensions) == ("probability", pytest.approx(seen))
     bits, nats = (float(result.summary(bits=b).loc["L_5", "value"]) for b in (True, False))
     assert bits == pytest.approx(nats / seen / math.log(2))
@@ -472,7 +473,7 @@ def test_a_mixture_behind_a_linear_decoder_imputes_exactly_whatever_its_guide():
 def test_few_effective_particles_are_told():
     x = holes(TRUTH.sample(8))
     with pytest.warns(
-        UserWarning, match=r"below 10 for \d+ % of data, .*: try `proposal=\"refined\""
+        UserWarning, match=r"below 5 for \d+ % of data, .*: try `proposal=\"refined\""
     ):
         pvae.impute(linear_gaussian(), x, 30, 1, proposal="prior")
 

@@ -19,6 +19,7 @@ from pvae.evaluation.annealing import Schedule
 from pvae.evaluation.annealing_run import AnnealedRun
 from pvae.evaluation.kept import bounds_of, measure_of
 from pvae.evaluation.latents import Start
+from pvae.evaluation.quantity import quantity
 from pvae.evaluation.result import Evaluation
 from pvae.fence import evaluating, fenced, resolve_device
 from pvae.pair import Columns, Pair, check_amortised, check_pair, placed
@@ -94,8 +95,7 @@ def ais(
         model=model.name,
         spec=columns.main.spec,
         measure=measure,
-        dimensions=dimensions - columns.num_missing(labels=model.summed),
-        fingerprint=columns.fingerprint(),
+        **quantity(model, columns, dimensions),
         num_particles=num_chains,
         proposal=f"{start}, annealed over {num_temperatures} temperatures",
         per_datum=_per_datum(found, more),

@@ -15,6 +15,12 @@ __all__ = ["check_checkable", "check_comparable", "why_other_model"]
 
 def check_comparable(first: str, one: "Evaluation", name: str, other: "Evaluation") -> None:
     """Raise unless both, of these names, are of the same data in the same observation space."""
+    if one.of != other.of:
+        raise ValueError(
+            f"{first!r} and {name!r} cannot be compared: log p({one.of}) and log p({other.of}) are "
+            "different quantities. Evaluate both of the same: a label that may be missing is "
+            "summed out where it is NaN for all data, which leaves log p(x)."
+        )
     space, its_space = one.spec.space(), other.spec.space()
     if space != its_space:
         raise ValueError(

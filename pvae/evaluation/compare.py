@@ -31,6 +31,7 @@ class Comparison:
         num_data: N.
         unit: of log p(x), "nats per datum" or "bits per dimension".
         caution: what the ranking does not say.
+        of: what p is of, such as "x | y"; see `Evaluation`.
     """
 
     table: "pd.DataFrame"
@@ -38,6 +39,7 @@ class Comparison:
     num_data: int
     unit: str
     caution: str
+    of: str = "x"
 
     def __repr__(self) -> str:
         table = self.table.to_string(float_format=self._format, na_rep="")
@@ -54,7 +56,7 @@ class Comparison:
 
     @property
     def _title(self) -> str:
-        return f"log p(x), {self.unit}, {counted(self.num_data, 'datum')} of {self.space}"
+        return f"log p({self.of}), {self.unit}, {counted(self.num_data, 'datum')} of {self.space}"
 
 
 def compare(results: Mapping[str, Any], bits: bool = False) -> Comparison:
@@ -106,6 +108,7 @@ def compare(results: Mapping[str, Any], bits: bool = False) -> Comparison:
         num_data=best.log_p.size,
         unit=BITS if bits else NATS,
         caution="; ".join(_notes(ranked)),
+        of=best.of,
     )
 
 
@@ -139,7 +142,7 @@ def _row(result: Evaluation, best: Evaluation, factor: float) -> dict[str, Any]:
     difference, error_of_difference = mean_and_error(result.log_p - best.log_p)
     units = ", ".join(f"{count} of {unit}" for unit, count in result.active_units.items())
     return {
-        "log p(x)": factor * mean,
+        f"log p({result.of})": factor * mean,
         "se": factor * error,
         "what it is": result.kind + _doubt(result),
         "difference": factor * difference,

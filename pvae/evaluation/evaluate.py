@@ -14,6 +14,7 @@ from pvae import exact
 from pvae.declare import LatentModel
 from pvae.evaluation.enough import Target, own_draws
 from pvae.evaluation.kept import Kept, measure_of
+from pvae.evaluation.quantity import quantity
 from pvae.evaluation.result import Evaluation
 from pvae.fence import evaluating, fenced, resolve_device
 from pvae.pair import Pair, check_pair, placed
@@ -119,8 +120,7 @@ def evaluate(
         model=model.name,
         spec=columns.main.spec,
         measure=measure,
-        dimensions=dimensions - columns.num_missing(labels=model.summed),
-        fingerprint=columns.fingerprint(),
+        **quantity(model, columns, dimensions),
         num_particles=0 if how == "enumeration" else num_particles,
         proposal=drawn.name,
         per_datum=per_datum,

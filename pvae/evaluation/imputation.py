@@ -34,7 +34,7 @@ from pvae.refinement import ALONE
 
 __all__ = ["Imputation", "impute"]
 
-FEW = 10  # particles that a mean or a draw may rest on without a warning
+FEW = 5  # particles that a mean or a draw may rest on without a warning
 Values = dict[str, Tensor]
 
 
@@ -95,7 +95,7 @@ def impute(
         FloatingPointError: for a datum all of whose weights are zero.
 
     Warns:
-        UserWarning: where the effective sample size of a tenth of the data, or more, is below ten
+        UserWarning: where the effective sample size of a tenth of the data, or more, is below five
             or half of K.
     """
     if not isinstance(model, LatentModel):

@@ -31,6 +31,7 @@ class Evaluation(Shown):
         measure: what p(x) is: "probability" of discrete x, "density" of continuous x, or "both".
         dimensions: numbers in one x, of all observed sites together; where some were not seen, the
             mean of those that were.
+        of: what p is of: "x", or by the sites' names "x, y" or "x | y".
         fingerprint: of the data's values; results are paired only where it is equal.
         num_particles: K; 0 where every latent is summed out and nothing is drawn.
         proposal: where draws are from, such as "guide"; see `evaluate`.
@@ -65,6 +66,7 @@ class Evaluation(Shown):
     check: "Evaluation | None" = None
     parameters: str = ""
     seed: int | None = None
+    of: str = "x"
 
     @property
     def is_exact(self) -> bool:
@@ -156,7 +158,7 @@ class Evaluation(Shown):
     def how(self) -> str:
         """How log p(x) was found."""
         if not self.num_particles:
-            return "log p(x) by summing out every latent"
+            return f"log p({self.of}) by summing out every latent"
         proposal = self.proposal.replace("defensive", "defensive mixture")
         fewest, most = self._sizes
         drawn = counted(most, self.sampler[:-1])
@@ -179,8 +181,8 @@ class Evaluation(Shown):
         mean, se = mean_and_error(self.log_p)
         value = f"{mean:.2f}{'' if math.isnan(se) else f' +- {se:.2f}'} nats per datum"
         if self.is_exact:
-            return f"log p(x) = {value}, exactly computed."
-        said = f"log p(x) >= {value} ({self._best}, in expectation)"
+            return f"log p({self.of}) = {value}, exactly computed."
+        said = f"log p({self.of}) >= {value} ({self._best}, in expectation)"
         if len(self.not_reached):
             said += (
                 f"; {len(self.not_reached)} of {self.log_p.size} data did not reach a standard "
@@ -191,7 +193,7 @@ class Evaluation(Shown):
         if self.failing > 0:
             return (
                 f"{said}; k-hat is too high for {100 * self.failing:.0f} % of the data, where log "
-                "p(x) may lie well above."
+                f"p({self.of}) may lie well above."
             )
         return f"{said}; k-hat raises no doubt of the draws for any datum."
 

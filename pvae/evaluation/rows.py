@@ -65,7 +65,9 @@ def _bounds(result: "Evaluation") -> list[Row]:
     if "cubo" in found and not math.isnan(result.failing):
         rows.append(_mean("CUBO", found["cubo"], _warning(result)))
     if result.is_exact:
-        rows.append(_mean("log p(x)", found["exact"], "exact", np.zeros_like(found["exact"])))
+        rows.append(
+            _mean(f"log p({result.of})", found["exact"], "exact", np.zeros_like(found["exact"]))
+        )
     return [*rows, *_as_measured(result)]
 
 

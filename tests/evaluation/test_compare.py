@@ -274,8 +274,14 @@ def test_models_that_observe_different_columns_are_refused():
         name: pvae.evaluate(model, {"x": x, "y": y}, num_particles=2)
         for name, model in {"p(x, y)": both, "p(x | y)": given}.items()
     }
-    with pytest.raises(ValueError, match=r"p\(x\) is of 9 numbers a datum under the one and of 6"):
+    with pytest.raises(ValueError, match=r"log p\(x, y\) and log p\(x \| y\) are different quan"):
         compare(results)
+
+
+def test_densities_of_more_and_of_fewer_numbers_are_refused():
+    wide, narrow = exact(-1.0, -2.0, dimensions=9), exact(-1.0, -2.0, dimensions=6)
+    with pytest.raises(ValueError, match=r"p\(x\) is of 9 numbers a datum under the one and of 6"):
+        compare({"wide": wide, "narrow": narrow})
 
 
 def test_other_data_of_the_same_space_are_refused():
