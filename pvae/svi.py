@@ -12,7 +12,7 @@ import inspect
 import math
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 import pyro.infer
@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 
 from pvae import checkpoint
 from pvae.batches import source_of
+from pvae.data import DataSpec
 from pvae.declare import LatentModel
 from pvae.fence import fenced, resolve_device
 from pvae.inference_data import fit_to_datatree
@@ -51,8 +52,10 @@ class Fit:
         history: one row an epoch: step, the objective on training and validation data and its
             parts by site (mean nats per datum), learning rate, seconds.
         settings: how it was made: objective, optimiser, batch size, seed, data.
-        stopped: "epochs", "steps" or "patience".
+        stopped: "epochs", "steps" or "patience"; "unfinished" of a run that was killed, and loaded.
         best_epoch: the epoch whose weights the model holds.
+        specs: what the training data are, by column: `pvae.Data.of(new, like=fit.specs["x"])` are
+            new ones with their noise and scale.
     """
 
     model: Pair
@@ -60,6 +63,7 @@ class Fit:
     settings: dict[str, Any]
     stopped: str
     best_epoch: int
+    specs: dict[str, DataSpec] = field(default_factory=dict, repr=False)
 
     def summary(self) -> "pd.DataFrame":
         """How it was made and what came out, one row each."""
@@ -209,7 +213,8 @@ def fit(
         if settings["compiled"] != (speed == "compiled"):  # a run goes on as it began
             speed = "compiled" if settings["compiled"] else "traced"
         run.train(epochs, steps, patience, progress, speed, settings)
-    return Fit(model, history_table(run.history), settings, run.stopped, run.best_epoch)
+    history = history_table(run.history)
+    return Fit(model, history, settings, run.stopped, run.best_epoch, run.specs)
 
 
 def _speed(
@@ -303,7 +308,12 @@ def load(folder: str | os.PathLike[str], model: Pair | None = None) -> Fit:
     model.load_state_dict(weights, strict=False)
     best_epoch = state["best_epoch"] or len(state["history"])
     return Fit(
-        model, history_table(state["history"]), meta["settings"], meta["stopped"], best_epoch
+        model=model,
+        history=history_table(state["history"]),
+        settings=meta["settings"],
+        stopped=meta["stopped"] or "unfinished",
+        best_epoch=best_epoch,
+        specs={k: DataSpec.from_json(v) for k, v in meta.get("specs", {}).items()},
     )
 
 

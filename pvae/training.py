@@ -23,6 +23,7 @@ from torch.optim import Optimizer
 
 from pvae import checkpoint
 from pvae.batches import Source
+from pvae.data import DataSpec
 from pvae.declare import LatentModel
 from pvae.failure import bad_datum_of_gradient, bad_parameters, bad_site, is_bad
 from pvae.fence import evaluating, fenced, random_state, set_random_state
@@ -106,6 +107,13 @@ class Run:
             "num_data": self.source.num_data,
             "num_validation": None if valid is None else len(valid),
         }
+
+    @property
+    def specs(self) -> dict[str, DataSpec]:
+        """What the data are, by column; the only one of a model is called as its site."""
+        main = next(iter(getattr(self.model, "observed", ())), "x")
+        columns = self.source.columns.columns
+        return {name or main: column.spec for name, column in columns.items()}
 
     # ------------------------------------------------------------------ training
 
@@ -392,6 +400,7 @@ class Run:
         meta = {
             "declaration": declaration_of(self.model),
             "settings": settings,
+            "specs": {name: spec.to_json() for name, spec in self.specs.items()},
             "stopped": self.stopped,
             "state": checkpoint.pack("state", state, tensors),
         }

@@ -59,7 +59,14 @@ class Data(Dataset[Tensor]):
             object.__setattr__(self, "_affine", self.spec.affine(self.values))
 
     @classmethod
-    def of(cls, data: Any, name: str | None = None, *, missing: bool = False) -> "Data":
+    def of(
+        cls,
+        data: Any,
+        name: str | None = None,
+        *,
+        missing: bool = False,
+        like: "Data | DataSpec | None" = None,
+    ) -> "Data":
         """Wrap what holds data, whole; a `Data` stays as it is.
 
         A tensor, a NumPy array or anything `numpy.asarray` reads; a pandas frame, whose column
@@ -73,12 +80,19 @@ class Data(Dataset[Tensor]):
             data: see above.
             name: whose, for errors and results; found from the data where left out.
             missing: whether NaN is allowed, and marks what was not seen; see also `masked`.
+            like: what a model was trained on, or its specification (`fit.specs["x"]`): new values,
+                as measured, are given the same shape, noise and scale.
 
         Raises:
             TypeError: if the values are no real numbers.
             ValueError: if there is no datum, a value is NaN or infinite, or a file is damaged.
             FileNotFoundError: if there is no such file.
         """
+        if like is not None:
+            from pvae.data.load import load_like
+
+            spec = like.spec if isinstance(like, Data) else like
+            return load_like(data, spec, name, missing)
         if isinstance(data, Data):
             return data
         if getattr(data, "_fields", None) == ("train", "valid", "test"):

@@ -19,11 +19,11 @@ from pvae.data.files import SUFFIXES
 from pvae.data.record import DatasetInfo, TableInfo
 from pvae.data.rows import Rows, read_rows
 from pvae.data.sources import DATASETS
-from pvae.data.spec import check_noise, local_generator
-from pvae.data.standardise import standardised
+from pvae.data.spec import DataSpec, check_noise, local_generator
+from pvae.data.standardise import scaled, standardised
 from pvae.data.tables import TABLES
 
-__all__ = ["Splits", "load_data"]
+__all__ = ["Splits", "load_data", "load_like"]
 
 
 class Splits(NamedTuple):
@@ -119,6 +119,43 @@ def load_data(
     return Splits(*(standardised(parts) if standardisation == "columns" else parts))
 
 
+def load_like(source: Any, spec: DataSpec, name: str | None = None, missing: bool = False) -> Data:
+    """New values, as measured, in the shape, with the noise and on the scale of a specification.
+
+    Args:
+        source: as of `Data.of`.
+        spec: of what a model was trained on.
+        name: whose, for errors and results; found from the source where left out.
+        missing: whether NaN is allowed; it is too where the specification has some.
+
+    Raises:
+        TypeError: for splits, or a `Data` that has noise or scale of its own.
+        ValueError: for data of another size, or outside what the noise takes.
+    """
+    data = Data.of(source, name, missing=missing or spec.missing)
+    if data.spec.is_scaled or data.spec.binarisation != "none":
+        raise TypeError(
+            f"`like` gives noise and scale to values as measured, and {data.spec.name!r} has "
+            f"its own already ({data.spec.space()})."
+        )
+    if data.spec.dimensions != spec.dimensions:
+        raise ValueError(
+            f"Data {data.spec.name!r} must have {spec.dimensions} numbers a datum, as "
+            f"{spec.name!r} has, got {data.spec.dimensions}."
+        )
+    own = replace(
+        data.spec,
+        event_shape=spec.event_shape,
+        image_shape=spec.image_shape,
+        levels=data.spec.levels or spec.levels,
+        seed=spec.seed,
+    )
+    data = replace(data, values=data.values.reshape(len(data), *spec.event_shape), spec=own)
+    _check_range([data], spec.binarisation, spec.dequantisation)
+    data = _with_noise(data, spec.binarisation, spec.dequantisation)
+    return scaled(data, spec.location, spec.scale) if spec.scale else data
+
+
 def _known(source: Any) -> DatasetInfo | TableInfo | None:
     """The record of a name; None for data of one's own."""
     if not isinstance(source, str):
@@ -204,17 +241,17 @@ def _grey(rows: Rows, dequantisation: str) -> Rows:
     return rows._replace(values=rows.values / 255, levels=256)
 
 
-def _check_range(splits: Splits, binarisation: str, dequantisation: str) -> None:
+def _check_range(splits: Sequence[Data], binarisation: str, dequantisation: str) -> None:
     """Refuse to binarise bits or what is no probability, and to dequantise what has no levels."""
-    spec = splits.train.spec
+    spec = splits[0].spec
     if dequantisation != "none" and spec.levels is None:
         raise ValueError(
             f"dequantisation={dequantisation!r} needs grey levels, and {spec.name!r} has none: its "
             "values are real numbers."
         )
-    if binarisation == "none":
+    if binarisation == dequantisation == "none":
         return
-    if spec.levels == 2:
+    if binarisation != "none" and spec.levels == 2:
         raise ValueError(
             f"{spec.name!r} is binary as published, got binarisation={binarisation!r}. Leave that "
             "out."
@@ -223,9 +260,12 @@ def _check_range(splits: Splits, binarisation: str, dequantisation: str) -> None
     lowest = min(float(part.min()) for part in values)
     highest = max(float(part.max()) for part in values)
     if lowest < 0 or highest > 1:
+        noise = f"binarisation={binarisation!r}"
+        if binarisation == "none":
+            noise = f"dequantisation={dequantisation!r}"
         raise ValueError(
-            f"binarisation={binarisation!r} needs values in [0, 1], the array's go from "
-            f"{lowest:g} to {highest:g}. Grey levels? Divide by the highest level first."
+            f"{noise} needs values in [0, 1], the array's go from {lowest:g} to {highest:g}. Grey "
+            "levels? Divide by the highest level first."
         )
 
 

@@ -13,7 +13,7 @@ import torch
 
 from pvae.data.dataset import Data
 
-__all__ = ["standardised"]
+__all__ = ["scaled", "standardised"]
 
 
 def standardised(splits: Sequence[Data]) -> list[Data]:
@@ -22,7 +22,7 @@ def standardised(splits: Sequence[Data]) -> list[Data]:
     The deviation divides by N. A dimension that is constant in train is only centred.
     """
     location, scale = _moments(splits[0])
-    return [_scaled(data, location, scale) for data in splits]
+    return [scaled(data, location, scale) for data in splits]
 
 
 def _moments(train: Data) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -53,7 +53,8 @@ def _moments(train: Data) -> tuple[tuple[float, ...], tuple[float, ...]]:
     return tuple(mean.tolist()), tuple(deviation.tolist())
 
 
-def _scaled(data: Data, location: tuple[float, ...], scale: tuple[float, ...]) -> Data:
+def scaled(data: Data, location: tuple[float, ...], scale: tuple[float, ...]) -> Data:
+    """The data minus `location`, divided by `scale`; where noise is drawn, after it is."""
     spec = replace(data.spec, location=location, scale=scale)
     if data.resampled:
         return replace(data, spec=spec)
