@@ -18,7 +18,7 @@ from typer.core import TyperGroup
 from pvae import named
 
 if TYPE_CHECKING:
-    from pvae.data.load import Splits
+    from pvae.data import Data
     from pvae.svi import Fit
 
 __all__ = ["app", "main"]
@@ -64,6 +64,13 @@ Device = Annotated[str, typer.Option(help='"cpu", "cuda" or, CUDA where there is
 Root = Annotated[
     Path | None,
     typer.Option(help="Folder of the data's files; by default $PVAE_DATA, or ~/.cache/pvae/data."),
+]
+Other = Annotated[
+    str | None,
+    typer.Option(
+        help="Other data than the run's, given the same noise and scale: a name (its test split), "
+        "or all of a file or folder."
+    ),
 ]
 Particles = Annotated[int, typer.Option(help="K, particles drawn for each datum.", min=1)]
 
@@ -156,6 +163,9 @@ def fit(
     standardisation: Annotated[
         str, typer.Option(help='"none", or "columns": mean 0 and deviation 1 in train.')
     ] = "none",
+    missing: Annotated[
+        bool, typer.Option("--missing", help="Blanks (NaN) of your own data were not seen.")
+    ] = False,
     root: Root = None,
     device: Device = "auto",
 ) -> None:
@@ -170,7 +180,7 @@ def fit(
     pvae fit vae --folder runs/vae
     pvae fit vae --folder runs/iwae --objective iwae-50 --set latent_size=8 --set hidden=128,128
     pvae fit gaussian_vae --folder runs/gaussian --dequantisation uniform
-    pvae fit ppca --folder runs/ppca --data my_table.csv --standardisation columns
+    pvae fit ppca --folder runs/ppca --data my_table.csv --standardisation columns --missing
     pvae fit my_model.py --folder runs/mine --data mnist --root ~/data
     """
     import torch
@@ -186,6 +196,7 @@ def fit(
         "binarisation": binarisation,
         "dequantisation": dequantisation,
         "standardisation": standardisation,
+        "missing": missing,
         "flatten": "image_shape" not in inspect.signature(function).parameters,
     }
     splits = named.load(told, root)
@@ -213,9 +224,7 @@ def fit(
 @app.command()
 def evaluate(
     run: Annotated[Path, typer.Argument(help="The folder of a run, from `pvae fit`.")],
-    data: Annotated[
-        str | None, typer.Option(help="Other data than the run's: a name, a file or a folder.")
-    ] = None,
+    data: Other = None,
     num_particles: Particles = 5000,
     proposal: Annotated[
         str | None,
@@ -233,7 +242,8 @@ def evaluate(
     """Bound log p(x) of a run's test data.
 
     Prints bounds over a grid of K, their standard errors and diagnostics, and writes the table to
-    evaluation.csv in the run's folder; by another proposal, to evaluation-PROPOSAL.csv.
+    evaluation.csv in the run's folder; by another proposal, to evaluation-PROPOSAL.csv; of other
+    data, to evaluation-DATA.csv.
 
     \b
     pvae evaluate runs/vae
@@ -242,16 +252,17 @@ def evaluate(
     """
     from pvae import evaluation
 
-    fitted, splits = _load_run(run, data, model, root)
+    fitted, test = _load_run(run, data, model, root)
     result = evaluation.evaluate(
         fitted.model,
-        named.columns_for(fitted.model, splits.test),
+        named.columns_for(fitted.model, test),
         num_particles,
         proposal=proposal,
         device=device,
         progress=True,
     )
-    path = run / ("evaluation.csv" if proposal is None else f"evaluation-{proposal}.csv")
+    words = ["evaluation", Path(data or "").stem, proposal or ""]
+    path = run / f"{'-'.join(filter(None, words))}.csv"
     result.summary().assign(model=result.model, data=result.spec.space()).to_csv(path)
     typer.echo(f"{result}\nWritten to {path}")
 
@@ -259,6 +270,7 @@ def evaluate(
 @app.command()
 def compare(
     runs: Annotated[list[Path], typer.Argument(help="Folders of runs on the same data.")],
+    data: Other = None,
     num_particles: Particles = 5000,
     root: Root = None,
     device: Device = "auto",
@@ -275,10 +287,10 @@ def compare(
 
     results = {}
     for run in runs:
-        fitted, splits = _load_run(run, None, None, root)
+        fitted, test = _load_run(run, data, None, root)
         results[str(run)] = evaluation.evaluate(
             fitted.model,
-            named.columns_for(fitted.model, splits.test),
+            named.columns_for(fitted.model, test),
             num_particles,
             device=device,
             progress=True,
@@ -339,24 +351,35 @@ def list_data() -> None:
 
 def _load_run(
     run: Path, data: str | None, model: str | None, root: Path | None
-) -> "tuple[Fit, Splits]":
-    """A run's fit and data, as its `command.json` tells."""
+) -> "tuple[Fit, Data]":
+    """A run's fit, and its test data, as its `command.json` tells; or other data."""
     from pvae import checkpoint, svi
 
     if not checkpoint.has_checkpoint(run):
         raise FileNotFoundError(f"{run} holds no run: make one by `pvae fit MODEL --folder {run}`.")
-    told = _told(run)
-    splits = named.load(told | ({"data": named.lasting(data)} if data else {}), root)
     if model is not None:
+        told = _told(run)
+        splits = named.load(told, root)
         declared = named.declare(model, named.function_of(model), told["set"], splits)
         declared.prepare(splits.test[:2])
-        return svi.load(run, declared), splits
-    if "sites" not in checkpoint.read(run)[0]["declaration"]:
+        fitted = svi.load(run, declared)
+    elif "sites" not in checkpoint.read(run)[0]["declaration"]:
         raise ValueError(
             f"The model of {run} is code of your own, which is not run unasked: name its file by "
             f"`pvae evaluate {run} --model FILE.py`; to compare it, use pvae.compare in Python."
         )
-    return svi.load(run), splits
+    else:
+        fitted = svi.load(run)
+    if fitted.stopped == "unfinished":
+        typer.echo(f"Note: {run} is unfinished, after {len(fitted.history)} epochs.", err=True)
+    if data is None:
+        return fitted, named.load(_told(run), root).test
+    if not fitted.specs:
+        raise ValueError(
+            f"{run} was written by an earlier pvae, and does not tell the scale of its data: "
+            "evaluate it on others in Python, by pvae.evaluate(pvae.load(folder).model, data)."
+        )
+    return fitted, named.like(data, next(iter(fitted.specs.values())), root)
 
 
 def _told(run: Path) -> dict[str, Any]:
@@ -364,8 +387,8 @@ def _told(run: Path) -> dict[str, Any]:
     path = run / COMMAND
     if not path.exists():
         raise FileNotFoundError(
-            f"{run} was fitted from Python: no {COMMAND} tells its data. Evaluate it there: "
-            "pvae.evaluate(pvae.load(folder).model, data)."
+            f"{run} was fitted from Python: no {COMMAND} tells its test data. Name them by --data, "
+            "or evaluate it in Python: pvae.evaluate(pvae.load(folder).model, data)."
         )
     try:
         told = json.loads(path.read_text())

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 if TYPE_CHECKING:
-    from pvae.data import Data
+    from pvae.data import Data, DataSpec
     from pvae.data.load import Splits
     from pvae.objectives import Objective
     from pvae.pair import Pair
@@ -33,13 +33,14 @@ __all__ = [
     "declare",
     "function_of",
     "lasting",
+    "like",
     "load",
     "objective_of",
     "setting",
 ]
 
 NOISE = ("binarisation", "dequantisation")
-OF_LATER = ("standardisation", "flatten")  # which runs of version 0.1.0 did not tell
+OF_LATER = ("standardisation", "flatten", "missing")  # which runs of version 0.1.0 did not tell
 
 
 def objective_of(text: str) -> "Objective":
@@ -87,6 +88,19 @@ def load(told: dict[str, Any], root: Path | None) -> "Splits":
     return load_data(told["data"], root=root, **how)
 
 
+def like(data: str, spec: "DataSpec", root: Path | None) -> "Data":
+    """Other data than a run's, with the noise and the scale of what it was fitted to.
+
+    The test split of a known set, all of a file.
+    """
+    from pvae.data import DATASETS, TABLES, Data, load_data
+
+    if data not in {*DATASETS, *TABLES}:
+        return Data.of(Path(data).expanduser(), like=spec)
+    test = load_data(data, binarisation="none", root=root, seed=spec.seed).test
+    return Data.of(test, like=spec)
+
+
 def columns_for(model: "Pair", data: "Data") -> Any:
     """The data as the model takes them: with their labels, where one of its sites is a category.
 
@@ -112,17 +126,20 @@ def columns_for(model: "Pair", data: "Data") -> Any:
             f"{model.name!r} takes labels, {name!r}, and data {data.spec.name!r} have none."
         )
     least, most = int(labels.min()), int(labels.max())
-    if not 0 <= least <= most < size:
+    if not (0 if name in model.given else -1) <= least <= most < size:
         raise ValueError(
             f"{model.name!r} takes {name!r} of {size} categories, 0 to {size - 1}, and labels of "
             f"{data.spec.name!r} go from {least} to {most}. Tell their number, as by --set "
             "categories=26."
         )
+    if (labels < 0).any():  # blank in a file
+        labels = labels.double().masked_fill(labels < 0, math.nan)
     return {others[0]: data, name: labels}
 
 
 def declare(model: str, function: Any, settings: list[str], splits: "Splits") -> Any:
     """The named model, of the data's size or shape where its function takes one."""
+    from pvae.declare import LatentModel
     from pvae.pair import Pair
 
     known = inspect.signature(function).parameters
@@ -149,6 +166,8 @@ def declare(model: str, function: Any, settings: list[str], splits: "Splits") ->
         raise TypeError(
             f"Model {model!r} must return a LatentModel or a PyroPair, got {declared!r}."
         )
+    if splits.train.spec.missing and isinstance(declared, LatentModel):
+        declared = declared.with_missing()
     if declared.name == Pair.name:  # its author gave none
         declared.name = function.__name__
     return declared

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from PIL import Image
 from typer.testing import CliRunner, Result
 
@@ -262,7 +263,7 @@ def test_a_run_of_the_first_version_told_neither_standardisation_nor_layout():
     path = Path("run", cli.COMMAND)
     told = json.loads(path.read_text())
     kept = {key: told[key] for key in told if key not in named.OF_LATER}
-    assert len(kept) == len(told) - 2
+    assert len(kept) == len(told) - 3
     path.write_text(json.dumps(kept))
     assert "log p(x) >=" in works("evaluate run --num-particles 2")
 
@@ -304,6 +305,92 @@ def test_objectives_by_name(text, kind, num_particles):
 )
 def test_settings_are_read_as_python_writes_them(text, value):
     assert named.setting(f"name={text}") == ("name", value)
+
+
+# ---------------------------------------------------------------------------------- other data
+
+
+PPCA = "fit ppca --epochs 1 --set latent_size=1 --folder"
+
+
+def a_table(name: str, scale: float = 1.0) -> pd.DataFrame:
+    """Of 100 rows and three columns."""
+    frame = pd.DataFrame(np.random.default_rng(0).normal(5.0, 2.0, (100, 3)), columns=[*"abc"])
+    (scale * frame).to_csv(name, index=False)
+    return frame
+
+
+def found_in(path: str) -> pd.Series:
+    return pd.read_csv(path, index_col=0)["value"]
+
+
+def test_other_data_are_put_on_the_scale_of_the_runs_own():
+    raw = a_table("mine.csv")
+    a_table("large.csv", 1000)
+    works(f"{PPCA} run --data mine.csv --standardisation columns")
+    works("evaluate run --num-particles 20 --device cpu")
+    before = Path("run", "evaluation.csv").read_bytes()
+    works("evaluate run --data large.csv --num-particles 20 --device cpu")
+    assert Path("run", "evaluation.csv").read_bytes() == before
+    spec = load_data("mine.csv", standardisation="columns").train.spec
+    x = torch.from_numpy(1000 * raw.to_numpy()) - torch.tensor(spec.location)
+    model = pvae.load("run").model
+    expected = pvae.exact.log_prob(model, (x / torch.tensor(spec.scale)).float()).mean()
+    found = found_in("run/evaluation-large.csv")["log p(x)"]
+    assert found == pytest.approx(float(expected), rel=1e-4), "all rows, on the run's scale"
+    assert found < -1000
+
+
+def test_a_run_from_python_is_evaluated_on_data_that_are_named():
+    splits = load_data("digits")
+    model = pvae.models.vae(64, latent_size=2, hidden=(4,))
+    pvae.fit(model, splits.train, epochs=1, folder="run", progress=False)
+    assert "no command.json tells its test data. Name them by --data" in fails("evaluate run")
+    works("evaluate run --data digits --num-particles 20 --device cpu")
+    expected = pvae.evaluate(pvae.load("run").model, splits.test, 20).summary()["value"]
+    found = found_in("run/evaluation-digits.csv")
+    pd.testing.assert_series_equal(found, expected, check_names=False)
+    works("compare run run --data digits --num-particles 2")
+
+
+def test_a_run_that_did_not_finish_says_so(monkeypatch):
+    saves = []
+
+    def killed(*args, **kwargs):
+        if len(saves) == 3:  # before the first epoch, and after each
+            raise KeyboardInterrupt
+        saves.append(write(*args, **kwargs))
+
+    write = pvae.checkpoint.write
+    monkeypatch.setattr(pvae.checkpoint, "write", killed)
+    pvae_command("fit vae --epochs 5 --set latent_size=2 --set hidden=4 --folder run")
+    assert pvae.load("run").stopped == "unfinished"
+    result = pvae_command("evaluate run --num-particles 20 --device cpu")
+    assert "Note: run is unfinished, after 2 epochs." in result.stderr
+    assert result.exit_code == 0
+
+
+def test_blanks_of_a_table_are_missing_where_that_is_said():
+    frame = a_table("mine.csv")
+    frame.loc[::4, "b"] = np.nan
+    frame.to_csv("mine.csv", index=False)
+    assert "has NaN or infinite values" in fails(f"{PPCA} run --data mine.csv")
+    works(f"{PPCA} run --data mine.csv --missing")
+    works("evaluate run --num-particles 20 --device cpu")
+    test = load_data("mine.csv", missing=True).test
+    expected = pvae.exact.log_prob(pvae.load("run").model, test).mean()
+    assert found_in("run/evaluation.csv")["log p(x)"] == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_blank_labels_are_summed_out():
+    bits = pd.DataFrame(np.random.default_rng(0).integers(0, 2, (60, 4)), columns=[*"abcd"])
+    bits["label"] = np.where(np.arange(60) < 40, np.arange(60) % 3, np.nan)
+    bits.to_csv("mine.csv", index=False)
+    line = "--epochs 1 --set latent_size=2 --set hidden=4 --set categories=3 --missing"
+    works(f"fit semi_supervised_vae --folder run --data mine.csv {line}")
+    assert "log p(x, y) >= " in works("evaluate run --num-particles 20 --device cpu")
+    line = f"fit conditional_vae --folder other --data mine.csv {line}"
+    assert "labels of 'mine' go from -1 to 2" in fails(line)
 
 
 # ---------------------------------------------------------------------------------- what goes wrong
