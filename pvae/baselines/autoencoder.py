@@ -132,7 +132,7 @@ class Autoencoder(nn.Module):
         )
 
     def _batch(self, data: Any) -> Tensor:
-        values = Data.of(data).realised().values
+        values = _complete(data).realised().values
         if tuple(values.shape[1:]) != self.event_shape:
             raise ValueError(
                 f"Data for {self.name!r} must have shape (N, "
@@ -174,13 +174,15 @@ def fit_autoencoder(
         Autoencoder, whose `history` has the mean squared error |x - x̂|² of a datum by epoch.
 
     Raises:
-        ValueError: as `pvae.fit`.
+        ValueError: as `pvae.fit`, and for data with missing entries.
     """
     from pvae.pyro_pair import PyroPair
     from pvae.svi import fit
 
     net = MLP(200, 200) if net is None else net
-    observed = Data.of(data)
+    observed = _complete(data)
+    if isinstance(validation := settings.get("validation"), Data):
+        _complete(validation)
     shape = tuple(observed.values.shape[1:])
     with torch.random.fork_rng([]):
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed CUDA's as well
@@ -193,6 +195,13 @@ def fit_autoencoder(
     bounds = history.filter(regex="^(train|valid)$")
     autoencoder.history = history[["step"]].join(-bounds - constant)
     return autoencoder
+
+
+def _complete(data: Any) -> Data:
+    """Data of which no entry is missing; others are refused as by every baseline."""
+    observed = Data.of(data)
+    as_rows(observed.subset(slice(1)))
+    return observed
 
 
 def fit_pca(data: Any, latent_size: int) -> Autoencoder:

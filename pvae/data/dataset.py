@@ -31,7 +31,7 @@ class Data(Dataset[Tensor]):
 
     Attributes:
         values: (N, *event_shape), float32, or float64 if the user's array is.
-        labels: (N,) int64, or None.
+        labels: (N,) int64, -1 where there is none; or None.
         spec: what the data are.
         resampled: whether each batch draws its noise anew, with torch's global generator.
     """
@@ -69,17 +69,19 @@ class Data(Dataset[Tensor]):
     ) -> "Data":
         """Wrap what holds data, whole; a `Data` stays as it is.
 
-        A tensor, a NumPy array or anything `numpy.asarray` reads; a pandas frame, whose column
-        "label" becomes the labels; the path of an .npy, .npz, .csv or .parquet file or of a folder
-        of images; a torch `Dataset` of a known length, or a `DataLoader`, of tensors or of pairs of
-        one and its label. Values become float32, or stay float64; those of an .npy file are mapped
-        into memory, not read, where they are such numbers. Each entry along the first dimension is
-        a datum.
+        A tensor, a NumPy array, masked or not, or anything `numpy.asarray` reads; a pandas frame,
+        whose column "label" (or "Label", "LABEL") becomes the labels; the path of an .npy, .npz,
+        .csv or .parquet file or of a folder of images; a torch `Dataset` of a known length, or a
+        `DataLoader`, of tensors or of pairs of one and its label. Values become float32, or stay
+        float64, which whole numbers beyond 2^24 become too; those of an .npy file are mapped into
+        memory, not read, where they are such numbers. Each entry along the first dimension is a
+        datum.
 
         Args:
             data: see above.
             name: whose, for errors and results; found from the data where left out.
-            missing: whether NaN is allowed, and marks what was not seen; see also `masked`.
+            missing: whether NaN is allowed, and marks what was not seen (see also `masked`); a
+                blank label is then -1.
             like: what a model was trained on, or its specification (`fit.specs["x"]`): new values,
                 as measured, are given the same shape, noise and scale.
 

@@ -3,8 +3,9 @@
     path  --read_file-->  Rows, or {"train": Rows, "valid": Rows, "test": Rows} where it is parted
 
 A whole file is read and checked before anything is handed on, and an error names the file, and in
-it the row, the column or the picture. A table's column "label", the array "labels" of an .npz and
-the subfolders of a folder of images become labels.
+it the row, the column or the picture. A table's column "label" (or "Label", "LABEL"), the array
+"labels" of an .npz and the subfolders of a folder of images become labels; those that are blank or
+NaN are -1 where data may be missing.
 """
 
 import csv
@@ -13,7 +14,6 @@ import zipfile
 import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from pvae.data.rows import Parted, Rows, from_frame, from_values
 __all__ = ["SUFFIXES", "read_arrays", "read_file"]
 
 IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".pgm", ".ppm")
+NO_IMAGES = ("thumbs.db", "desktop.ini")  # what Windows leaves, where others leave hidden files
 PARTS = ("train", "valid", "test")
 
 
@@ -55,7 +56,11 @@ def read_file(path: Path, name: str | None = None, missing: bool = False) -> Row
     shapes = {part: tuple(rows[part].values.shape[1:]) for part in PARTS}
     if len(set(shapes.values())) > 1:
         raise ValueError(f"The parts of {str(path)!r} must have data of one shape, got {shapes}.")
-    return {part: rows[part]._replace(name=title) for part in PARTS}
+    wide = any(rows[part].values.dtype == torch.float64 for part in PARTS)
+    dtype = torch.float64 if wide else torch.float32
+    return {
+        part: rows[part]._replace(name=title, values=rows[part].values.to(dtype)) for part in PARTS
+    }
 
 
 def read_arrays(path: Path) -> dict[str, np.ndarray]:
@@ -107,18 +112,34 @@ def _read_npz(path: Path, missing: bool) -> Rows | Parted:
 
 
 def _read_csv(path: Path, missing: bool) -> Rows:
-    """With a header of names, or without one where each word of the first line is a number."""
+    """With a header of names, or without one where each word of the first line is a number.
+
+    Spaces around names are no part of them. Lines that are blank are left out; but with `missing`,
+    one in a file of a single column is a row that was not seen.
+    """
     import pandas as pd
 
     try:
-        with path.open(newline="", encoding="utf-8-sig") as lines:
-            first = next(csv.reader(lines), [])
-        header: Any = None if first and all(map(_is_number, first)) else "infer"
+        number, first = _first_line(path)
+        single = missing and len(first) == 1
+        header = None if first and all(map(_is_number, first)) else number if single else 0
+        if separator := _other_separator(first):
+            raise ValueError(
+                f"expected commas between values, got {separator} in its first line. Pass the "
+                "frame: `pd.read_csv(path, sep=...)`."
+            )
         with warnings.catch_warnings():  # of words that have no column, and would be left out
             warnings.simplefilter("error", pd.errors.ParserWarning)
-            frame = pd.read_csv(path, header=header, index_col=False)
+            frame = pd.read_csv(
+                path,
+                header=header,
+                index_col=False,
+                skipinitialspace=True,
+                skip_blank_lines=not single,
+            )
     except (ValueError, OSError, csv.Error, pd.errors.ParserWarning) as error:
         raise _unreadable(path, error) from error
+    frame.columns = [word.strip() if isinstance(word, str) else word for word in frame.columns]
     if first == [str(number) for number in range(len(first))]:
         raise ValueError(
             f"The first line of {str(path)!r}, {', '.join(first[:4])}, may be a row or the names "
@@ -149,14 +170,15 @@ def _read_parquet(path: Path, missing: bool) -> Rows:
 
 def _read_folder(path: Path, missing: bool) -> Rows | Parted:
     """Pictures in it; or in subfolders, one a class; or both in train, valid and test."""
-    inside = _classes(path)
-    if "train" in inside:
-        if set(inside) != set(PARTS):
+    folders, loose = _contents(path)
+    inside = [folder.name for folder in folders]
+    if set(inside) & set(PARTS):
+        if set(inside) != set(PARTS) or loose:
             raise ValueError(
-                f"{str(path)!r} must hold the folders train, valid and test if it holds train, got "
-                f"{', '.join(inside)}."
+                f"{str(path)!r} must hold the folders train, valid and test, and nothing else, if "
+                f"it holds one of them, got {', '.join([*inside, *(file.name for file in loose)])}."
             )
-        classes = {_classes(path / part) for part in PARTS}
+        classes = {tuple(inner.name for inner in _contents(path / part)[0]) for part in PARTS}
         if len(classes) > 1:
             raise ValueError(
                 f"The folders train, valid and test in {str(path)!r} must have the same classes, "
@@ -166,23 +188,35 @@ def _read_folder(path: Path, missing: bool) -> Rows | Parted:
     return _read_images(path)
 
 
-def _classes(folder: Path) -> tuple[str, ...]:
-    inside = (inside for inside in folder.iterdir() if inside.is_dir())
-    return tuple(sorted(inside.name for inside in inside if not inside.name.startswith(".")))
+def _contents(folder: Path) -> tuple[list[Path], list[Path]]:
+    """Its folders and its images, sorted; whatever else it holds is refused, unless hidden."""
+    inside = sorted(
+        entry
+        for entry in folder.iterdir()
+        if not entry.name.startswith(".") and entry.name.lower() not in NO_IMAGES
+    )
+    folders = [entry for entry in inside if entry.is_dir()]
+    files = [entry for entry in inside if not entry.is_dir()]
+    for file in files:
+        if file.suffix.lower() not in IMAGES:
+            raise ValueError(
+                f"The file {str(file)!r} is no image that can be read: expected "
+                f"{', '.join(IMAGES)}. Convert it, or take it out of the folder."
+            )
+    return folders, files
 
 
 def _read_images(folder: Path) -> Rows:
     """(N, 1, H, W) or (N, 3, H, W), grey levels in [0, 1]; labels number subfolders by name."""
-    classes = _classes(folder)
-    loose = _image_files(folder)
+    classes, loose = _contents(folder)
     if classes and loose:
         raise ValueError(
-            f"{str(folder)!r} holds both images ({loose[0].name}) and folders ({classes[0]}). Put "
-            "all images into folders, one a class, or none."
+            f"{str(folder)!r} holds both images ({loose[0].name}) and folders ({classes[0].name}). "
+            "Put all images into folders, one a class, or none."
         )
-    parts = [_image_files(folder / name) for name in classes] if classes else [loose]
+    parts = [_class_images(of_class) for of_class in classes] if classes else [loose]
     if not all(parts):
-        empty = folder / classes[[bool(part) for part in parts].index(False)] if classes else folder
+        empty = classes[[bool(part) for part in parts].index(False)] if classes else folder
         raise ValueError(f"There is no image in {str(empty)!r}: looked for {', '.join(IMAGES)}.")
     labels = [label for label, part in enumerate(parts) for _ in part]
     images: list[np.ndarray] = []
@@ -198,21 +232,26 @@ def _read_images(folder: Path) -> Rows:
     return rows._replace(values=rows.values / 255, levels=256)
 
 
-def _image_files(folder: Path) -> list[Path]:
-    files = (file for file in folder.iterdir() if not file.name.startswith("."))
-    return sorted(file for file in files if file.suffix.lower() in IMAGES)
+def _class_images(folder: Path) -> list[Path]:
+    folders, files = _contents(folder)
+    if folders:
+        raise ValueError(
+            f"The folder {str(folders[0])!r} is inside that of a class; expected only images "
+            "there. Move its images up, or take it out."
+        )
+    return files
 
 
 def _read_image(path: Path) -> np.ndarray:
-    """(1, H, W) for black and white or grey, (3, H, W) for colours, uint8."""
-    from PIL import Image
+    """(1, H, W) for black and white or grey, (3, H, W) for colours, uint8, upright."""
+    from PIL import Image, ImageOps
 
     try:
         with Image.open(path) as image:
             mode = {"1": "L", "L": "L", "P": "RGB", "RGB": "RGB"}.get(image.mode)
             frames = getattr(image, "n_frames", 1)
             if mode is not None and frames == 1:
-                pixels = np.asarray(image.convert(mode))
+                pixels = np.asarray(ImageOps.exif_transpose(image).convert(mode))
     except (OSError, SyntaxError, ValueError) as error:  # of a picture cut short, too
         raise _unreadable(path, error) from error
     if frames > 1:
@@ -225,6 +264,25 @@ def _read_image(path: Path) -> np.ndarray:
             "red, green and blue (RGB). Convert it first: `Image.open(path).convert('RGB')`."
         )
     return pixels[None] if mode == "L" else pixels.transpose(2, 0, 1)
+
+
+def _first_line(path: Path) -> tuple[int, list[str]]:
+    """The first line that is not blank: its number, from 0, and its words."""
+    with path.open(newline="", encoding="utf-8-sig") as lines:
+        for number, words in enumerate(csv.reader(lines, skipinitialspace=True)):
+            if words not in ([], [""]):
+                return number, [word.strip() for word in words]
+    return 0, []
+
+
+def _other_separator(first: list[str]) -> str | None:
+    """What parts the values of a first line in place of commas, if anything does."""
+    for separator, called in ((";", "semicolons"), ("\t", "tabs"), (" ", "spaces")):
+        pieces = [piece for word in first for piece in word.split(separator)]
+        names = len(first) == 1 and separator != " "  # a name may have spaces in it
+        if len(pieces) > len(first) and (names or all(map(_is_number, pieces))):
+            return called
+    return None
 
 
 def _is_number(word: str) -> bool:

@@ -87,8 +87,9 @@ def load_data(
             Missing files are downloaded there; with all in place it is only read.
         flatten: make each datum a vector, as `MLP` takes it. Otherwise images are
             (colours, height, width), as `Conv` takes them, and arrays keep their shape.
-        missing: whether NaN in data of one's own is allowed, and marks what was not seen: for sites
-            declared `Observed(..., missing=True)`. Of a known set see `Data.masked`.
+        missing: whether NaN in data of one's own is allowed, and marks what was not seen (a blank
+            label is then -1): for sites declared `Observed(..., missing=True)`. Of a known set see
+            `Data.masked`.
         seed: of splits that are made here, of generated data, and of all noise that is drawn once.
             The caller's random state is not touched.
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import pvae
 from pvae.baselines import Autoencoder, fit_autoencoder, fit_pca
-from pvae.data import load_data
+from pvae.data import Data, load_data
 from pvae.nets import MLP, Conv, Linear
 
 Q = 5
@@ -109,6 +109,20 @@ def test_pca_takes_data_and_images_in_their_own_type_and_shape(digits):
 def test_bad_input_of_pca_is_refused(data, latent_size, message):
     with pytest.raises(ValueError, match=message):
         fit_pca(data, latent_size)
+
+
+def test_data_with_missing_entries_are_refused():
+    whole = torch.randn(30, 4)
+    data = Data.of(whole).masked(whole < 1)
+    message = r"Data 'tensor' have missing entries \(NaN\), and baselines take none: fill them in"
+    for ask in (
+        lambda: fit_pca(data, 1),
+        lambda: quickly(data),
+        lambda: quickly(whole, validation=data),
+        lambda: fit_pca(whole, 1).encode(data),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ask()
 
 
 # ------------------------------------------------------------------------------ by gradient steps

@@ -76,6 +76,10 @@ def test_an_npz_file_holds_one_array_and_perhaps_labels(tmp_path):
     assert data.labels.tolist() == Y.tolist()
     np.savez(path, X)
     assert Data.of(str(path)).labels is None
+    np.savez(path, x=X, labels=Y.astype(">f4"))
+    assert Data.of(path).labels.tolist() == Y.tolist()
+    np.savez(path, x=X, labels=np.where(Y == 1, np.nan, Y))
+    assert Data.of(path, missing=True).labels.tolist() == np.where(Y == 1, -1, Y).tolist()
 
 
 def test_an_npz_file_of_splits_is_split_as_it_is(tmp_path):
@@ -89,6 +93,15 @@ def test_an_npz_file_of_splits_is_split_as_it_is(tmp_path):
     np.testing.assert_allclose(test.spec.unstandardise(test.values), X[14:])
     with pytest.raises(TypeError, match=r"mine.npz' holds splits: load it by `load_data`"):
         Data.of(path)
+
+
+def test_the_splits_of_an_npz_file_are_of_one_type(tmp_path):
+    """Else a model in the type of train could not be held against test."""
+    few = np.arange(6).reshape(3, 2)
+    np.savez(tmp_path / "mine.npz", train=few, valid=few, test=few + 2**24)
+    splits = load_data(tmp_path / "mine.npz")
+    assert [data.values.dtype for data in splits] == [torch.float64] * 3
+    assert splits.test.values.tolist() == (few + 2**24).tolist()
 
 
 def test_evaluate_takes_a_path(tmp_path):
@@ -110,7 +123,9 @@ def test_evaluate_takes_a_path(tmp_path):
             {"train": X, "valid": X, "test": X * np.inf},
             r"mine.npz: test' has NaN or .* 20 of 20 rows",
         ),
-        ({"x": X, "labels": Y + 0.5}, r"Labels of '.*mine.npz' must be a whole number"),
+        ({"x": X, "labels": Y + 0.5}, r"Labels of '.*mine.npz' must be .* got 0.5 in row 0"),
+        ({"x": X, "labels": np.where(Y == 1, np.nan, Y)}, r"mine.npz' has no label in row 1 .* -1"),
+        ({"x": X, "labels": np.array(["oak"] * 20)}, r"got dtype <U3. Number them: `np.unique"),
         ({"x": X, "labels": Y[:9]}, r"a label for each of its 20 rows, got .* \(9,\)"),
         ({"x": np.array(["a", {}], object)}, r"mine.npz' cannot be read: Object arrays"),
     ],
@@ -145,13 +160,23 @@ def test_a_csv_file_without_a_header_keeps_its_first_row(tmp_path):
         ("a,b\n1,2\n3,\n", ValueError, "mine.csv' has NaN .* in 1 of 2 rows, .* row 1, column 'b'"),
         ("a,b\n1,2\n3\n", ValueError, "in 1 of 2 rows, .* row 1, column 'b'"),
         ("a,b\n1,inf\n3,4\n", ValueError, "row 0, column 'b': inf"),
-        ("a,b\n1,2\n3,x\n", TypeError, r"mine.csv' must be real numbers, .* not: 'b'"),
+        (
+            "a,b\n1,2\n3,\n5,6\n7,?\n9,!\n",
+            TypeError,
+            r"must be real numbers, .* not: row 3, column 'b': '\?' .* leave that blank and say",
+        ),
+        ("a,b\nx,y\n", TypeError, "row 0, column 'a': 'x'; row 0, column 'b': 'y'"),
+        ("a;b\n1;2\n", ValueError, "expected commas between values, got semicolons in its first"),
+        ("1,5;2,5\n3,5;4,5\n", ValueError, "got semicolons in its first line"),
+        ("a\tb\n1\t2\n", ValueError, r"got tabs .* Pass the frame: `pd.read_csv\(path, sep="),
+        ("1 2\n3 4\n", ValueError, "got spaces in its first line"),
+        ("a,label\n1,0\n2,1.5\n", ValueError, "got 1.5 in row 1"),
         ("a,b\n1,2\n1,2,3\n", ValueError, "mine.csv' cannot be read: .*line 3, saw 3"),
         (",a\n0,1\n1,2\n", ValueError, r"first column of '.*mine.csv' has no name.*index=False"),
         ("a,b\n1,2,3\n4,5,6\n", ValueError, "mine.csv' cannot be read: Length of header"),
         ("0,1,2\n4,5,6\n", ValueError, "first line of '.*mine.csv', 0, 1, 2, may be a row or the"),
         ("", ValueError, "mine.csv' cannot be read: No columns"),
-        ("a,b\n", TypeError, "mine.csv' must be real numbers"),
+        ("a,b\n", ValueError, r"mine.csv' must have shape .* N >= 1, got \(0, 2\)"),
         ("a,b\n1,\xff\n", ValueError, "mine.csv' cannot be read: .*utf-8"),
     ],
 )
@@ -159,6 +184,33 @@ def test_a_bad_csv_file_is_refused_by_row_and_column(tmp_path, text, error, matc
     (tmp_path / "mine.csv").write_bytes(text.encode("latin-1"))
     with pytest.raises(error, match=match):
         load_data(tmp_path / "mine.csv")
+
+
+def test_spaces_around_the_names_and_numbers_of_a_csv_file_are_left_out(tmp_path):
+    path = tmp_path / "mine.csv"
+    path.write_text('a, b , "label"\n1, , oak\n 3, 4 , ash\n')
+    data = Data.of(path, missing=True)
+    assert str(data.values.tolist()) == "[[1.0, nan], [3.0, 4.0]]"
+    assert data.labels.tolist() == [1, 0]
+    with pytest.raises(ValueError, match="row 0, column 'b': nan"):
+        Data.of(path)
+
+
+@pytest.mark.parametrize("name", ["Label", "LABEL"])
+def test_a_csv_files_column_of_labels_may_be_in_capitals(tmp_path, name):
+    (tmp_path / "mine.csv").write_text(f"a,{name}\n1,7\n2,\n")
+    data = Data.of(tmp_path / "mine.csv", missing=True)
+    assert (data.values.tolist(), data.labels.tolist()) == ([[1], [2]], [7, -1])
+
+
+@pytest.mark.parametrize("header", ["", "a\n", "\n a \n"])
+def test_a_blank_line_of_a_single_column_is_a_row_that_was_not_seen(tmp_path, header):
+    path = tmp_path / "mine.csv"
+    path.write_text(f"{header}1\n\n3\n  \n")
+    assert str(Data.of(path, missing=True).values.flatten().tolist()) == "[1.0, nan, 3.0, nan]"
+    assert Data.of(path).values.flatten().tolist() == [1, 3]
+    path.write_text("\n1,2\n\n3,4\n")
+    assert Data.of(path, missing=True).values.tolist() == [[1, 2], [3, 4]]
 
 
 def test_a_parquet_file_is_read_as_its_frame(tmp_path):
@@ -184,9 +236,13 @@ def test_what_parquet_needs_is_said(tmp_path, monkeypatch):
 
 def test_the_frame_that_pandas_reads_from_parquet_is_used(tmp_path, monkeypatch):
     (tmp_path / "mine.parquet").write_bytes(b"PAR1")
-    monkeypatch.setattr(pd, "read_parquet", lambda path: pd.DataFrame({"a": [1.0], "label": [4]}))
-    data = Data.of(tmp_path / "mine.parquet")
-    assert (data.values.tolist(), data.labels.tolist(), data.spec.name) == ([[1]], [4], "mine")
+    frame = pd.DataFrame({"a": [1.0, 2.0], "label": [4.0, None]})
+    monkeypatch.setattr(pd, "read_parquet", lambda path: frame)
+    data = Data.of(tmp_path / "mine.parquet", missing=True)
+    assert (data.values.tolist(), data.labels.tolist()) == ([[1], [2]], [4, -1])
+    assert data.spec.name == "mine"
+    with pytest.raises(ValueError, match=r"mine.parquet' has no label in row 1"):
+        Data.of(tmp_path / "mine.parquet")
 
 
 # ----------------------------------------------------------------------------------- images
@@ -194,7 +250,6 @@ def test_the_frame_that_pandas_reads_from_parquet_is_used(tmp_path, monkeypatch)
 
 def test_a_folder_of_grey_images_has_levels_in_the_unit_interval(tmp_path):
     folder = write_images(tmp_path / "faces", PIXELS)
-    (folder / "README.txt").write_text("of whom")
     data = Data.of(folder)
     np.testing.assert_allclose(data.values[:, 0] * 255, PIXELS, atol=1e-4)
     assert (data.spec.image_shape, data.labels) == ((4, 5), None)
@@ -264,15 +319,61 @@ def test_splits_are_not_taken_for_classes(tmp_path):
     for split in ("train", "val", "test"):
         write_images(tmp_path / split, PIXELS[:3])
     with pytest.raises(
-        ValueError, match="train, valid and test if it holds train, got test, train"
+        ValueError, match=r"train, valid and test, and nothing else, .* got test, train, val"
     ):
         load_data(tmp_path)
+
+
+@pytest.mark.parametrize("there", [["test"], ["valid", "test"], ["train", "valid", "test", "cat"]])
+def test_some_of_the_splits_are_not_taken_for_classes(tmp_path, there):
+    for name in there:
+        write_images(tmp_path / name, PIXELS[:3])
+    with pytest.raises(ValueError, match="must hold the folders train, valid and test, and noth"):
+        load_data(tmp_path)
+
+
+def test_what_lies_beside_the_splits_is_refused(tmp_path):
+    for split in ("train", "valid", "test"):
+        write_images(tmp_path / split, PIXELS[:3])
+    assert len(load_data(tmp_path).train) == 3
+    write_images(tmp_path, PIXELS[:1])
+    with pytest.raises(ValueError, match=r"and nothing else, .* got test, train, valid, 000.png"):
+        load_data(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["more.gif", "more.jfif", "README.txt", "no_ending"])
+@pytest.mark.parametrize("inside", ["cat", "."])
+def test_a_file_that_is_no_image_is_refused_by_its_name(tmp_path, name, inside):
+    write_images(tmp_path / "faces/cat", PIXELS)
+    (tmp_path / "faces" / inside / name).write_text("of whom")
+    with pytest.raises(ValueError, match=rf"{name}' is no image that can be read: expected .png,"):
+        Data.of(tmp_path / "faces")
+    if inside == "cat":
+        with pytest.raises(ValueError, match=rf"{name}' is no image that can be read"):
+            Data.of(tmp_path / "faces/cat")
+
+
+def test_a_folder_inside_that_of_a_class_is_refused_by_its_name(tmp_path):
+    write_images(tmp_path / "faces/cat", PIXELS)
+    write_images(tmp_path / "faces/cat/more", PIXELS)
+    with pytest.raises(ValueError, match=r"'.*faces/cat/more' is inside that of a class"):
+        Data.of(tmp_path / "faces")
+
+
+def test_an_image_is_turned_as_its_exif_says(tmp_path):
+    """Orientation 6: row 0 is the right side of the picture, so it is to be turned clockwise."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(PIXELS[0]).save(tmp_path / "000.png", exif=exif)
+    data = Data.of(tmp_path)
+    np.testing.assert_allclose(data.values[0, 0] * 255, np.rot90(PIXELS[0], -1), atol=1e-4)
 
 
 def test_hidden_files_and_folders_are_no_data(tmp_path):
     folder = write_images(tmp_path / "faces", PIXELS)
     write_images(folder / ".checkpoints", PIXELS[:2])
-    (folder / "._000.png").write_bytes(b"what another system keeps")
+    for name in ("._000.png", "Thumbs.db", "desktop.ini", ".DS_Store"):
+        (folder / name).write_bytes(b"what another system keeps")
     assert len(Data.of(folder)) == 12
 
 

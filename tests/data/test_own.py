@@ -3,6 +3,7 @@
 import numpy as np
 import pandas as pd
 import pytest
+import scipy.sparse
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
@@ -114,7 +115,43 @@ def test_columns_of_a_frame_keep_their_precision():
 
 def test_labels_that_are_words_are_numbered_in_their_order():
     assert Data.of(frame(label=["oak", "ash", "oak"])).labels.tolist() == [1, 0, 1]
-    assert Data.of(frame(label=[2, 7, 5])).labels.tolist() == [2, 7, 5]
+    sizes = pd.Categorical(["small", "big", "small"], categories=["small", "big"])
+    assert Data.of(frame(label=sizes)).labels.tolist() == [0, 1, 0]
+
+
+NUMBERS = ([2, 7, 5], [2.0, 7.0, 5.0], pd.array([2, 7, 5], "Float32"), pd.Categorical([2, 7, 5]))
+
+
+@pytest.mark.parametrize("label", [*NUMBERS, pd.Series([2, 7.0, 5], dtype=object)])
+@pytest.mark.parametrize("name", ["label", "Label", "LABEL"])
+def test_labels_that_are_whole_numbers_stay_what_they_are(label, name):
+    data = Data.of(frame(**{name: label}))
+    assert data.labels.tolist() == [2, 7, 5]
+    assert data.labels.dtype == torch.int64
+    assert data.values.tolist() == [[1, 4], [2, 5], [3, 6]]
+
+
+@pytest.mark.parametrize("label", [torch.tensor(3.0), np.float64(3.0), 3.0])
+def test_labels_of_floating_type_beside_data_are_taken(label):
+    assert Data.of(Listed([(torch.zeros(2), label)] * 2)).labels.tolist() == [3, 3]
+
+
+@pytest.mark.parametrize(
+    ("label", "expected"),
+    [
+        ([2.0, np.nan, 5.0], [2, -1, 5]),
+        (pd.array([2, None, 5], "Int64"), [2, -1, 5]),
+        (["oak", None, "ash"], [1, -1, 0]),
+        ([None] * 3, [-1] * 3),
+        ([True, None, False], [1, -1, 0]),
+    ],
+)
+def test_where_data_may_be_missing_a_blank_label_is_minus_one(label, expected):
+    data = Data.of(frame(label=label), missing=True)
+    assert data.labels.tolist() == expected
+    assert not data.spec.missing  # values are all there
+    pairs = [(torch.zeros(2), float("nan")), (torch.zeros(2), 4.0)]
+    assert Data.of(Listed(pairs), missing=True).labels.tolist() == [-1, 4]
 
 
 def test_a_frame_and_a_loader_are_taken_at_the_door_of_evaluate():
@@ -130,10 +167,27 @@ def test_a_frame_and_a_loader_are_taken_at_the_door_of_evaluate():
 @pytest.mark.parametrize(
     ("source", "error", "match"),
     [
-        (frame(c=["x", "y", "z"]), TypeError, r"'frame' must be real .* not: 'c' \(.*\)\. Drop or"),
+        (
+            frame(c=["1", None, "z"]),
+            TypeError,
+            r"'frame' must be real .* not: row 2, column 'c': 'z' \(rows count from 0\)\. Drop or",
+        ),
+        (frame(c=pd.Series([1, None, 2], dtype=object)), TypeError, r"not: column 'c' \(object\)"),
         (frame(b=[1, np.nan, np.inf]), ValueError, "in 2 of 3 rows, .* row 1, column 'b': nan"),
         (frame(b=pd.array([1, 2, None], "Int64")), ValueError, "in 1 of 3 rows, .* 2, column 'b'"),
-        (frame(label=["a", None, "b"]), ValueError, "'frame' has no label in row 1"),
+        (
+            frame(label=["a", None, "b"]),
+            ValueError,
+            r"'frame' has no label in row 1 .* `missing=True`, which makes it -1",
+        ),
+        (frame(label=[2.0, np.nan, 5.0]), ValueError, "'frame' has no label in row 1"),
+        (
+            frame(label=[2.0, 1.5, 0.5]),
+            ValueError,
+            r"Labels of 'frame' must be .* got 1.5 in row 1 .* like the target of a regression",
+        ),
+        (frame(label=[2.0, 1.0, np.inf]), ValueError, "got inf in row 2"),
+        (frame(label=[0, 1, 2], Label=[0, 1, 2]), ValueError, "labels, got 'label', 'Label'"),
         (frame()[:0], ValueError, r"'frame' must have shape .* N >= 1, got \(0, 2\)"),
         (Listed([]), ValueError, "'Listed' must have a datum or more"),
         (Listed([{"x": torch.zeros(2)}]), TypeError, r"item 0 of 'Listed' is \(dict\)"),
@@ -145,7 +199,7 @@ def test_a_frame_and_a_loader_are_taken_at_the_door_of_evaluate():
             r"of the first, \(2,\); item 2 \(from 0\) has \(3,\)",
         ),
         (Listed([(torch.zeros(2), 0), torch.zeros(2)]), ValueError, "for all items or for none"),
-        (Listed([(torch.zeros(2), 0.5)] * 2), ValueError, "whole number for each datum, got torch"),
+        (Listed([(torch.zeros(2), 0.5)] * 2), ValueError, "each datum, got 0.5 in row 0"),
         (Listed([(torch.zeros(2), torch.zeros(2))] * 2), ValueError, "Labels of 'Listed' must be"),
         (Listed([torch.zeros(2), torch.full((2,), torch.nan)]), ValueError, r"row 1, place \(0\)"),
         (Endless(), TypeError, "'Endless' has no length.* `pvae.fit` streams it"),
@@ -164,3 +218,88 @@ def test_a_bad_pixel_is_named():
     with pytest.raises(ValueError, match=r"in 1 of 4 rows, .* row 2, place \(0, 3, 4\): inf"):
         Data.of(images, name="faces")
     assert Data.of(images[:2]).values.shape == (2, 1, 5, 6)
+
+
+# ----------------------------------------------------------------------------------- arrays
+
+
+def masked(dtype: str) -> np.ma.MaskedArray:
+    """Three rows, of which row 1 is masked in column 0; what lies under the mask is no datum."""
+    array = np.array([[1, 2], [99, 4], [5, 6]], dtype)
+    return np.ma.array(array, mask=array == 99)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "int64", "uint8"])
+def test_what_an_array_masks_was_not_seen(dtype):
+    array = masked(dtype)
+    for source in (array, list(array), Listed(list(array))):
+        data = Data.of(source, missing=True)
+        expected = torch.tensor([[1, 2], [torch.nan, 4], [5, 6]], dtype=data.values.dtype)
+        torch.testing.assert_close(data.values, expected, rtol=0, atol=0, equal_nan=True)
+        assert data.spec.missing
+        assert data.values.dtype == (torch.float64 if dtype == "float64" else torch.float32)
+        with pytest.raises(ValueError, match=r"1 of 3 rows, .* row 1, place \(0\): nan .* so by `"):
+            Data.of(source)
+
+
+def test_an_array_that_masks_nothing_is_as_without_a_mask():
+    data = Data.of(masked("float32")[[0, 2]])
+    assert data.values.tolist() == [[1, 2], [5, 6]]
+    assert not Data.of(masked("float32")[[0, 2]], missing=True).spec.missing
+
+
+WIDE = ["int32", "int64", "uint32", "uint64"]
+
+
+@pytest.mark.parametrize("dtype", WIDE)
+@pytest.mark.parametrize(
+    "kind",
+    [np.asarray, torch.tensor, pd.DataFrame, np.ma.asarray],
+    ids=["array", "tensor", "frame", "masked"],
+)
+def test_whole_numbers_keep_their_digits(dtype, kind):
+    """2^24 + 1 is the first whole number between two of float32."""
+    for largest, wanted in ((2**24, torch.float32), (2**24 + 1, torch.float64)):
+        for sign in (1,) if dtype.startswith("u") else (1, -1):
+            array = np.array([[1], [sign * largest]], dtype)
+            values = Data.of(kind(array)).values
+            assert values.dtype == wanted
+            assert values.tolist() == array.tolist()
+
+
+def test_numbers_under_a_mask_or_blank_need_no_digits():
+    array = np.ma.array([[1], [2**24 + 1]], mask=[[False], [True]])
+    assert Data.of(array, missing=True).values.dtype == torch.float32
+    blank = pd.DataFrame({"a": pd.array([None, None], "Int64"), "b": [True, False]})
+    assert Data.of(blank, missing=True).values.dtype == torch.float32
+
+
+def test_float64_of_another_byte_order_keeps_its_digits():
+    values = Data.of(np.array([[0.1]], ">f8")).values
+    assert values.dtype == torch.float64
+    assert values.item() == 0.1
+
+
+@pytest.mark.parametrize(
+    "sparse", [torch.Tensor.to_sparse, lambda x: Listed(x.to_sparse())], ids=["whole", "items"]
+)
+def test_a_sparse_tensor_is_refused(sparse):
+    with pytest.raises(TypeError, match=r"must be a dense tensor, got .* \(torch.sparse_\w+\)"):
+        Data.of(sparse(torch.eye(3)))
+
+
+def test_a_nested_tensor_is_refused():
+    nested = torch.nested.as_nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.jagged)
+    with pytest.raises(TypeError, match="must be a dense tensor, got a sparse or nested one"):
+        Data.of(nested)
+
+
+def test_a_sparse_matrix_of_scipys_is_refused():
+    with pytest.raises(TypeError, match=r"array of real numbers, got .* Pass `.toarray\(\)`"):
+        Data.of(scipy.sparse.eye_array(3))
+
+
+@pytest.mark.parametrize("ragged", [[[1.0, 2.0], [3.0]], [torch.ones(2), torch.ones(3)]])
+def test_rows_of_several_lengths_are_refused(ragged):
+    with pytest.raises(ValueError, match=r"'tensor' must have rows of one shape, .* list have not"):
+        Data.of(ragged)
