@@ -31,6 +31,7 @@ from benchmarks.estimators import objective
 from pvae import baselines, exact, models
 from pvae.baselines import Autoencoder
 from pvae.data import Data, Splits
+from pvae.evaluation.result import mean_and_error
 from pvae.nets import MLP
 from pvae.pair import Pair
 
@@ -157,12 +158,12 @@ STUDIES = {
     "digits, continuous": Study(images("digits", **UNIFORM), CONTINUOUS, DIGITS, 3, 360),
     "digits, counts": Study(partial(dots, "digits"), COUNTS, DIGITS, 3, 360),
     "ring": Study(lambda model: pvae.load_data("ring"), RING, {}, 3, 100),
-    "MNIST, binary": Study(images("mnist"), BINARY, MNIST, 60, 500, 100, True),
+    "MNIST, binary": Study(images("mnist"), BINARY, MNIST, 60, 200, 100, True),
     "MNIST, continuous": Study(
-        images("mnist", **UNIFORM), CONTINUOUS, MNIST | {"data_size": 784}, 60, 500, 100, True
+        images("mnist", **UNIFORM), CONTINUOUS, MNIST | {"data_size": 784}, 60, 200, 100, True
     ),
     "MNIST, counts": Study(
-        partial(dots, "mnist"), COUNTS, MNIST | {"data_size": 49}, 60, 500, 100, True
+        partial(dots, "mnist"), COUNTS, MNIST | {"data_size": 49}, 60, 200, 100, True
     ),
 }
 
@@ -292,7 +293,9 @@ def judged(model: Pair | Autoencoder, test: Data, job: Job) -> dict[str, Any]:
 
 
 def integrated(model: Pair, data: Any) -> dict[str, Any]:
-    return {"kind": "exact", "log p": float(exact.log_prob(model, data).mean())}
+    log_p = exact.log_prob(model, data)
+    error = float(log_p.std()) / math.sqrt(len(log_p))
+    return {"kind": "exact", "log p": float(log_p.mean()), "error over data": error}
 
 
 def evaluated(model: Pair, data: Any, job: Job) -> dict[str, Any]:
@@ -302,7 +305,8 @@ def evaluated(model: Pair, data: Any, job: Job) -> dict[str, Any]:
         name: [active, result.per_unit[f"activity[{name}]"].size]
         for name, active in result.active_units.items()
     }
-    found = {"kind": result.kind + given, "log p": float(result.log_p.mean()), "units": units}
+    mean, error = mean_and_error(result.log_p)
+    found = {"kind": result.kind + given, "log p": mean, "error over data": error, "units": units}
     if "bound" in result.per_datum:
         found["L_1"] = float(result.per_datum["bound"][0].mean())
         found["k-hat fails"] = result.failing
@@ -317,8 +321,8 @@ def markdown(records: list[dict[str, Any]]) -> str:
     groups: dict[Row, list[dict[str, Any]]] = {}
     for record in records:
         groups.setdefault((record["model"], record["by"]), []).append(record)
-    head = ["model", "fitted by", "log p(x)", "s.e.", "what it is", "above ELBO", "active units"]
-    head += ["k-hat fails", "steps", "seconds"]
+    head = ["model", "fitted by", "log p(x)", "s.e. (seeds)", "s.e. (data)", "what it is"]
+    head += ["above ELBO", "active units", "k-hat fails", "steps", "seconds"]
     shows_errors = any("no p(x)" in record.get("kind", "") for record in records)
     if shows_errors:
         head.append("squared error")
@@ -331,10 +335,11 @@ def markdown(records: list[dict[str, Any]]) -> str:
 def cells(records: list[dict[str, Any]]) -> tuple[str, ...]:
     """Of a row, after how it was fitted; empty where there is no such number."""
     if failed := sum("failed" in record for record in records):
-        return ("", "", f"failed for {failed} of {len(records)} seeds", *[""] * 6)
-    log_p, above = "", ""
+        return ("", "", "", f"failed for {failed} of {len(records)} seeds", *[""] * 6)
+    log_p, of_data, above = "", "", ""
     if "log p" in records[0]:
         log_p = f"{mean(records, 'log p'):.2f}"
+        of_data = f"{mean(records, 'error over data'):.2f}"
     if "L_1" in records[0]:
         gap = round(mean(records, "log p") - mean(records, "L_1"), 2)
         above = f"{gap + 0.0:.2f}"  # no minus before a zero
@@ -342,7 +347,8 @@ def cells(records: list[dict[str, Any]]) -> tuple[str, ...]:
     steps = f"{mean(records, 'updates'):,.0f}" if records[0]["updates"] else ""
     numbers = f"{mean(records, 'seconds'):.1f}", f"{mean(records, 'squared error'):.3f}"
     kind = records[0]["kind"].replace("L_", "L")
-    return log_p, error(records), kind, above, active(records), fails, steps, *numbers
+    errors = error(records), of_data
+    return log_p, *errors, kind, above, active(records), fails, steps, *numbers
 
 
 def mean(records: list[dict[str, Any]], name: str) -> float:
@@ -406,7 +412,7 @@ def main() -> None:
     """Read the arguments, run, and write the table of each study when it is done."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.zoo", description=__doc__)
     parser.add_argument("--only", choices=STUDIES, help="one study")
-    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--quick", action="store_true", help="a trial: prints, writes nothing")
     options = parser.parse_args()
     jobs.alone()

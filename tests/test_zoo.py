@@ -76,9 +76,10 @@ def test_an_exact_model_is_judged_by_its_own_log_p():
     """`fit_ppca` has a log p(x) of its own, apart from `evaluate`."""
     found = zoo.work(Job("digits, continuous", "ppca()", "closed form", steps=1, **BRIEF))
     train, _, test = pvae.load_data("digits", dequantisation="uniform")
-    expected = pvae.fit_ppca(train, 2).log_prob(test[:10]).mean()
+    expected = pvae.fit_ppca(train, 2).log_prob(test[:10])
     assert found["kind"] == "exact"
-    assert found["log p"] == pytest.approx(float(expected), abs=1e-3)
+    assert found["log p"] == pytest.approx(float(expected.mean()), abs=1e-3)
+    assert found["error over data"] == pytest.approx(float(expected.std()) / 10**0.5, rel=1e-3)
 
 
 def test_reconstructions_are_those_of_scikit_learn():
@@ -209,7 +210,7 @@ def test_each_job_has_a_process_of_its_own_and_its_last_words_are_told():
 def a_record(model: str = "vae()", by: str = "ELBO()", *log_p: float, **changes):
     found = {"kind": "lower bound L_5000", "updates": 1000, "seconds": 4.0, "squared error": 0.5}
     if log_p:
-        found["log p"] = log_p[0]
+        found |= {"log p": log_p[0], "error over data": 0.3}
     return {"model": model, "by": by} | found | changes
 
 
@@ -222,9 +223,29 @@ def test_the_table_has_means_over_seeds_and_the_standard_error_of_log_p():
     ]
     head, _, first, second = map(cells_of, zoo.markdown(records).splitlines())
     assert head[-1] == "seconds"
-    numbers = ["-21.00", "1.00", "lower bound L5000", "2.00", "z1 3.5 of 4, z2 2.0 of 2", "25%"]
+    numbers = [
+        "-21.00",
+        "1.00",
+        "0.30",
+        "lower bound L5000",
+        "2.00",
+        "z1 3.5 of 4, z2 2.0 of 2",
+        "25%",
+    ]
     assert first == ["`vae()`", "ELBO()", *numbers, "1,000", "4.0"]
-    assert second == ["`ppca()`", "closed form", "-25.00", "", "exact", "", "", "", "", "4.0"]
+    assert second == [
+        "`ppca()`",
+        "closed form",
+        "-25.00",
+        "",
+        "0.30",
+        "exact",
+        "",
+        "",
+        "",
+        "",
+        "4.0",
+    ]
 
 
 def test_what_has_no_p_of_x_is_shown_by_its_reconstructions():
@@ -234,14 +255,14 @@ def test_what_has_no_p_of_x_is_shown_by_its_reconstructions():
     )
     assert head[-1] == "squared error"
     assert first[-1] == second[-1] == "0.500"
-    assert second[2:5] == ["", "", "deterministic: no p(x)"]
+    assert second[2:6] == ["", "", "", "deterministic: no p(x)"]
 
 
 def test_a_fit_that_failed_is_in_the_table():
     records = [a_record("vae()", "ELBO()", -20.0), a_record(failed="FloatingPointError")]
     row = cells_of(zoo.markdown(records).splitlines()[-1])
-    assert row[2:5] == ["", "", "failed for 1 of 2 seeds"]
-    assert len(row) == 10
+    assert row[2:6] == ["", "", "", "failed for 1 of 2 seeds"]
+    assert len(row) == 11
 
 
 def test_the_page_has_a_place_for_each_table():
