@@ -1,6 +1,6 @@
 """Declare a latent-variable model, fit it, and learn how well log p(x) is known."""
 
-from pvae import bounds, exact, nets
+from pvae import bounds, exact, nets, plots
 from pvae.baselines import (
     fit_autoencoder,
     fit_em,
@@ -105,6 +105,7 @@ __all__ = [
     "log_weights",
     "models",
     "nets",
+    "plots",
     "sandwich",
     "to_datatree",
     "to_elpd",

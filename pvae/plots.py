@@ -14,12 +14,13 @@ from functools import partial
 from io import BytesIO
 from itertools import cycle
 from textwrap import wrap
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from pvae.data import Data
 from pvae.evaluation import Evaluation, compare
 from pvae.svi import Fit
 
@@ -38,7 +39,7 @@ IMAGE = 0.3  # width of an image, in inches
 WIDEST = 12.0  # of all images side by side, in inches
 GAP = 0.12  # between images, in widths of one
 
-Images = Tensor | Mapping[str, Tensor]
+Images = Tensor | Data | Mapping[str, Tensor | Data]
 
 
 # ---------------------------------------------------------------------------------- curves
@@ -182,34 +183,42 @@ def _draw_differences(axes: "Axes", table: "pd.DataFrame", colours: Mapping[str,
 # ---------------------------------------------------------------------------------- images
 
 
-def samples(values: Images, image_shape: tuple[int, ...], subtitle: str = "") -> "Figure":
+def samples(
+    values: Images, image_shape: tuple[int, ...] | None = None, subtitle: str = ""
+) -> "Figure":
     """Images in squares, such as draws from p(x); data beside them show what to expect.
 
     Args:
-        values: (N, *event), or several by name.
-        image_shape: (height, width) or (channels, height, width).
+        values: (N, *event), or several by name; a `Data` is drawn as a model sees it.
+        image_shape: (height, width) or (channels, height, width); may be left out where a `Data`
+            among the values knows it.
         subtitle: what the values are, such as `data.spec.space()`.
 
     Raises:
         ValueError: for values that are no such images.
     """
     named = _by_name(values, "values")
+    shape = image_shape or _known_shape(named)
     blocks = {
-        name: _rows(value, image_shape, name, math.isqrt(len(value) - 1) + 1)
+        name: _rows(value, shape, name, math.isqrt(len(value) - 1) + 1)
         for name, value in named.items()
     }
     return _gallery("Samples", subtitle, blocks)
 
 
 def reconstructions(
-    data: Tensor, means: Images, image_shape: tuple[int, ...], subtitle: str = ""
+    data: Tensor | Data,
+    means: Images,
+    image_shape: tuple[int, ...] | None = None,
+    subtitle: str = "",
 ) -> "Figure":
     """A row of data, and below it a row of each model's means of p(x | z), z from q(z | x).
 
     Args:
-        data: (N, *event).
+        data: (N, *event); a `Data` is drawn as a model sees it.
         means: (N, *event), or several by name; what `model.reconstruct(data)` gives for a site.
-        image_shape: (height, width) or (channels, height, width).
+        image_shape: (height, width) or (channels, height, width); may be left out where a `Data`
+            knows it.
         subtitle: what the data are, such as `data.spec.space()`.
 
     Raises:
@@ -222,11 +231,14 @@ def reconstructions(
                 f"Each datum needs its reconstruction: got {len(data)} data, and {len(value)} "
                 f"images of {name!r}."
             )
-    images = torch.cat([_rows(v, image_shape, name, len(data)) for name, v in named.items()])
+    shape = image_shape or _known_shape(named)
+    images = torch.cat([_rows(v, shape, name, len(data)) for name, v in named.items()])
     return _gallery("Reconstructions", subtitle, {"images": images}, list(named))
 
 
-def interpolations(means: Images, image_shape: tuple[int, ...], subtitle: str = "") -> "Figure":
+def interpolations(
+    means: Tensor | Mapping[str, Tensor], image_shape: tuple[int, ...], subtitle: str = ""
+) -> "Figure":
     """Each row decodes points on the line between the codes of two data.
 
     Args:
@@ -244,12 +256,25 @@ def interpolations(means: Images, image_shape: tuple[int, ...], subtitle: str = 
     return _gallery("Interpolations between the codes of two data", subtitle, blocks)
 
 
-def _by_name(values: Images, name: str) -> dict[str, Tensor]:
-    return {name: values} if isinstance(values, Tensor) else dict(values)
+def _by_name(values: Any, name: str) -> dict[str, Any]:
+    return dict(values) if isinstance(values, Mapping) else {name: values}
 
 
-def _rows(values: Tensor, image_shape: tuple[int, ...], name: str, columns: int) -> Tensor:
+def _known_shape(named: Mapping[str, Tensor | Data]) -> tuple[int, ...]:
+    """The images' shape, from the first data that know it."""
+    for value in named.values():
+        if isinstance(value, Data) and value.spec.image_shape:
+            return value.spec.image_shape
+    raise ValueError(
+        "`image_shape` is needed, (height, width) or (channels, height, width): no `Data` of "
+        f"images among {', '.join(map(repr, named))} tells it."
+    )
+
+
+def _rows(values: Tensor | Data, image_shape: tuple[int, ...], name: str, columns: int) -> Tensor:
     """Values (N, *event) as rows of images, (rows, columns, channels, height, width)."""
+    if isinstance(values, Data):
+        values = values.realised().values
     channels, height, width = (1, *image_shape) if len(image_shape) == 2 else image_shape
     if channels not in (1, 3) or values[0].numel() != channels * height * width:
         raise ValueError(

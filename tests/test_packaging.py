@@ -6,6 +6,7 @@ the dependencies, but not the installation under which the tests run.
 """
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -84,3 +85,13 @@ def test_importing_pvae_loads_nothing_heavy_that_pyro_does_not(sources, tmp_path
     added = json.loads(run(code, build("editable", sources, tmp_path), tmp_path))
     assert "pvae" in added
     assert {name.split(".")[0] for name in added} & {*SLOW_TO_IMPORT, "typer"} == set()
+
+
+def test_what_the_readme_writes_after_pvae_is_there_and_listed(sources, tmp_path):
+    """In a process of its own: the tests have imported modules that a user has not."""
+    written = set(re.findall(r"\bpvae\.(\w+)", (ROOT / "README.md").read_text()))
+    code = "import json, pvae; print(json.dumps([dir(pvae), pvae.__all__]))"
+    found, listed = json.loads(run(code, build("editable", sources, tmp_path), tmp_path))
+    assert "plots" in written
+    assert written <= set(found)
+    assert written <= set(listed)

@@ -237,6 +237,51 @@ def test_figures_are_kept_nowhere_and_display_themselves(x, tmp_path):
     assert pickle.loads(pickle.dumps(figure)).axes[0].images
 
 
-def test_image_shapes_come_from_the_data():
-    data = Data.of(torch.rand(4, 3, 8, 8))
-    assert plots.samples(data.values, data.spec.image_shape).axes
+def picture(figure: Figure) -> list[np.ndarray]:
+    return [canvas.filled(np.nan) for canvas in images(figure)]
+
+
+def test_data_are_drawn_in_place_of_a_tensor_in_the_shape_that_they_know():
+    data = load_data("digits").test.subset(slice(9)).realised()
+    x = data.values
+    named = plots.samples({"model": x[:4], "data": data})
+    rows = plots.reconstructions(data, {"vae": 0.5 * x}, subtitle="digits")
+    other_way = plots.reconstructions(x, {"vae": data})
+    for found, expected in (
+        (plots.samples(data), plots.samples(x, (8, 8))),
+        (plots.samples(data, (4, 16)), plots.samples(x, (4, 16))),
+        (named, plots.samples({"model": x[:4], "data": x}, (8, 8))),
+        (rows, plots.reconstructions(x, {"vae": 0.5 * x}, (8, 8))),
+        (other_way, plots.reconstructions(x, {"vae": x}, (8, 8))),
+    ):
+        for one, other in zip(picture(found), picture(expected), strict=True):
+            np.testing.assert_array_equal(one, other)
+
+
+def test_data_whose_noise_is_drawn_anew_are_drawn_as_a_model_sees_them():
+    data = load_data("digits", binarisation="dynamic").train.subset(slice(4))
+    assert not set(data.values.unique().tolist()) <= {0.0, 1.0}
+    before = torch.get_rng_state()
+    (canvas,) = images(plots.samples(data))
+    assert set(canvas.compressed()) == {0.0, 1.0}
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_colour_images_that_are_data_know_their_shape():
+    (canvas,) = images(plots.samples(Data.of(torch.rand(1, 3, 4, 5))))
+    assert canvas.shape == (4, 5, 3)
+
+
+@pytest.mark.parametrize(
+    ("draw", "names"),
+    [
+        (lambda x: plots.samples(x), "'values'"),
+        (lambda x: plots.samples({"data": Data.of(x), "vae": x}), "'data', 'vae'"),
+        (lambda x: plots.reconstructions(x, x), "'data', 'model'"),
+    ],
+    ids=["a tensor", "a table", "tensors"],
+)
+def test_an_image_shape_is_asked_for_where_no_data_know_it(x, draw, names):
+    expected = rf"`image_shape` is needed, .*: no `Data` of images among {names} tells it\."
+    with pytest.raises(ValueError, match=expected):
+        draw(x)
