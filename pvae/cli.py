@@ -155,7 +155,11 @@ def fit(
         typer.Option("--set", metavar="NAME=VALUE", help="A setting of the model; repeatable."),
     ] = None,
     binarisation: Annotated[
-        str | None, typer.Option(help='"dynamic" (default), "fixed", "threshold" or "none".')
+        str | None,
+        typer.Option(
+            help='"dynamic", "fixed", "threshold" or "none"; by default "dynamic" for grey images '
+            'of `pvae data`, "none" for all else.'
+        ),
     ] = None,
     dequantisation: Annotated[
         str, typer.Option(help='"none", or "uniform" for densities.')

@@ -29,7 +29,15 @@ from torch.distributions import constraints
 from pvae import declaration
 from pvae.fence import module_device
 from pvae.flows import is_real
-from pvae.graph import AnySite, check_kinds, check_order, check_support, hint, parents_of
+from pvae.graph import (
+    AnySite,
+    check_kinds,
+    check_order,
+    check_support,
+    hint,
+    parents_of,
+    warn_of_bits,
+)
 from pvae.missing import Seen, check_site, filled, refuse, sample_summed
 from pvae.nets import MLP, Input, Net
 from pvae.pair import Batch, Columns, Pair, announce
@@ -341,12 +349,13 @@ class LatentModel(Pair):
 
     def blank(self, num_data: int, given: Batch | None) -> dict[str, Tensor]:
         """Values of the `Given` sites alone, or as many rows of nothing."""
-        if isinstance(given, Tensor):
+        if given is not None and not isinstance(given, Mapping):
             given = dict.fromkeys(self.given[:1], given)
         device = module_device(self)
         values = {
             name: torch.as_tensor(value, device=device) for name, value in (given or {}).items()
         }
+        values = {k: v if v.dim() else v.expand(num_data) for k, v in values.items()}
         if set(values) != set(self.given):
             raise ValueError(
                 f"{self.name!r} is conditioned on {', '.join(self.given) or 'nothing'}: pass these "
@@ -362,9 +371,7 @@ class LatentModel(Pair):
 
     def data_of(self, drawn: Mapping[str, Tensor], given: Batch | None = None) -> Batch:
         """What the model has drawn, as data for it, with values that are conditioned on."""
-        if isinstance(given, Tensor):
-            given = dict.fromkeys(self.given[:1], given)
-        return super().data_of(drawn, given)
+        return super().data_of(drawn, self.blank(len(next(iter(drawn.values()))), given))
 
     def _to_draw(self, num_data: int, given: Batch | None) -> tuple[Any, ...]:
         return self.blank(num_data, given), num_data
@@ -387,17 +394,22 @@ class LatentModel(Pair):
             names.sort(key=lambda name: name in self.summed)  # labels last: the first names all
             data = {name: data[name] for name in names}
         elif len(names) > 1:
+            labelled = getattr(data, "labels", None) is not None and len(names) == 2
+            hint = " Labels of data are `data.labels`." if labelled else ""
             raise ValueError(
                 f"{self.name!r} needs several columns of data: pass a dictionary with "
-                f"{', '.join(names)}."
+                f"{', '.join(names)}.{hint}"
             )
         may = {name for name in self.observed if getattr(self.sites[name], "missing", False)}
         columns = Columns(data, {*may, ""} if may else ())
-        for name, column in columns.columns.items():
-            if column.spec.missing and (name or names[0]) not in may:
-                observed = (name or names[0]) in self.observed
-                refuse(name or names[0], column.values, self.name, observed)
-            self._check_column(name or names[0], column.realised().values)
+        for key, column in columns.columns.items():
+            name = key or names[0]
+            if column.spec.missing and name not in may:
+                refuse(name, column.values, self.name, name in self.observed)
+            self._check_column(name, column.realised().values)
+            site = self.sites[name]
+            if isinstance(site, Observed) and site.check_support:
+                warn_of_bits(column.spec, site, self.module_of(name).prototype.support)
         return columns
 
     def _check_column(self, name: str, values: Tensor) -> None:

@@ -1,5 +1,6 @@
 """The sites of a declaration as a graph: their kinds, their order, values in their support."""
 
+import warnings
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from graphlib import CycleError, TopologicalSorter
@@ -7,9 +8,18 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from pvae.data import DataSpec
 from pvae.sites import Given, Latent, Observed, Site
 
-__all__ = ["AnySite", "check_kinds", "check_order", "check_support", "hint", "parents_of"]
+__all__ = [
+    "AnySite",
+    "check_kinds",
+    "check_order",
+    "check_support",
+    "hint",
+    "parents_of",
+    "warn_of_bits",
+]
 
 AnySite = Latent | Observed | Given
 
@@ -81,3 +91,14 @@ def check_support(name: str, site: AnySite, support: Any, values: Tensor, start:
         f"Datum {start + row} lies outside the support {support} of {name!r} ({title}): its values "
         f"run from {values[row].min():.4g} to {values[row].max():.4g}.{grey}"
     )
+
+
+def warn_of_bits(spec: DataSpec, site: Site, support: Any) -> None:
+    """Warn where a density is to be told of what has two values alone."""
+    if not support.is_discrete and (spec.binarisation != "none" or spec.levels == 2):
+        warnings.warn(
+            f"{spec.name!r} is binary, and {site.title} a density: it can grow without bound on "
+            "two values, and no probability compares with it. Declare a Bernoulli, or load the "
+            "data with dequantisation='uniform'.",
+            stacklevel=4,
+        )

@@ -53,9 +53,10 @@ def objective_of(text: str) -> "Objective":
     try:
         return _called(ast.parse(text, mode="eval").body, vars(objectives), objectives.__all__)
     except (SyntaxError, TypeError, ValueError) as error:
+        why = "" if "malformed node" in str(error) else f" ({error})"
         raise typer.BadParameter(
             f'expected "elbo", "iwae-50", or a call such as IWAE(50, gradient="dreg") of one of '
-            f"{', '.join(objectives.__all__)}; got {text!r} ({error}).",
+            f"{', '.join(objectives.__all__)}; got {text!r}{why}.",
             param_hint="--objective",
         ) from None
 

@@ -22,9 +22,10 @@ from torch.distributions import Distribution, constraints
 
 from pvae.data import Data
 from pvae.fence import evaluating, module_device
+from pvae.graph import hint
 from pvae.missing import Label
 from pvae.particles import Particles, Program, check_count
-from pvae.plates import Plates
+from pvae.plates import Plates, samples
 from pvae.programs import Places, Programs, Unobserved
 from pvae.proposals import defensive, prior
 
@@ -50,7 +51,7 @@ class Columns:
         self.named = isinstance(data, Mapping)
         columns = data if self.named else {"": data}
         self.columns: dict[str, Data] = {
-            name: Data.of(column, missing=name in missing) for name, column in columns.items()
+            name: _column(name, column, name in missing) for name, column in columns.items()
         }
         lengths = {name: len(column) for name, column in self.columns.items()}
         if len(set(lengths.values())) != 1:
@@ -113,6 +114,13 @@ class Columns:
         """Of all values, but of columns `without`; see `Data.fingerprint`."""
         own = [column for name, column in self.columns.items() if name not in without]
         return "-".join(column.fingerprint() for column in own)
+
+
+def _column(name: str, column: Any, missing: bool) -> Data:
+    try:
+        return Data.of(column, missing=missing)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"Column {name!r}: {error}" if name else str(error)) from None
 
 
 class Pair(nn.Module):
@@ -228,12 +236,13 @@ class Pair(nn.Module):
             return {name: [(0,)] for name in self.observed[:1]}
         return {name: [(0, name)] for name in self.observed}
 
-    def prior_predictive(self, num_samples: int, given: Batch | None = None) -> dict[str, Tensor]:
+    def prior_predictive(self, num_samples: int, given: Any = None) -> dict[str, Tensor]:
         """Draw from p(z) p(x | z), with torch's global random state.
 
         Args:
             num_samples: S, number of draws.
-            given: values of the sites that are conditioned on, if the model has any, (S, *event).
+            given: values of the sites that are conditioned on, if the model has any, (S, *event),
+                or a number that all draws share: `prior_predictive(16, given={"y": 3})`.
 
         Returns:
             Draws of every site, latent and observed, (S, *event).
@@ -301,26 +310,52 @@ class Pair(nn.Module):
         values = self.posterior(data, num_samples)
         return {name: _average(means) for name, means in self._decode(batch, values).items()}
 
-    def decode(self, values: Mapping[str, Tensor], given: Batch | None = None) -> dict[str, Tensor]:
+    def decode(self, values: Mapping[str, Tensor], given: Any = None) -> dict[str, Tensor]:
         """Mean of p(x | z) at latents of your choosing, such as a grid over two dimensions.
 
         Args:
             values: for each latent (S, *event); latents left out are drawn from the prior.
-            given: values of the sites that are conditioned on, if the model has any, (S, *event).
+            given: values of the sites that are conditioned on, if the model has any, (S, *event),
+                or a number that all draws share.
 
         Returns:
             For each observed site the mean (S, *event); for a site without one, its mode.
+
+        Raises:
+            ValueError: for no values, a name that the model does not know, or another shape.
         """
-        size = len(next(iter(values.values())))
+        if not values:
+            raise ValueError("`decode` needs values of a latent, got none: try `prior_predictive`.")
+        first = next(iter(values.values()))
+        args = self._to_draw(len(first) if first.dim() else 1, given)
         with evaluating(self), pyro.validation_enabled(False):
-            program = poutine.condition(Unobserved()(self.model), dict(values))
-            trace = poutine.trace(program).get_trace(*self._to_draw(size, given))
+            program = Unobserved()(self.model)
+            with torch.random.fork_rng():
+                self._check_chosen(values, poutine.trace(program).get_trace(*args))
+            trace = poutine.trace(poutine.condition(program, dict(values))).get_trace(*args)
         sites: Any = {name: trace.nodes[name] for name in trace.stochastic_nodes}
-        return {
-            name: _centre(site["fn"])
-            for name, site in sites.items()
-            if site["infer"].get("was_observed") or name in self.observed
-        }
+        return {name: _centre(site["fn"]) for name, site in sites.items() if self._observes(site)}
+
+    def _observes(self, site: Any) -> bool:
+        """Whether a site that was drawn in place of data is observed otherwise."""
+        return bool(site["infer"].get("was_observed")) or site["name"] in self.observed
+
+    def _check_chosen(self, values: Mapping[str, Tensor], drawn: poutine.Trace) -> None:
+        """Raise for values that cannot take the place of what the model has drawn."""
+        known = {site["name"]: site for site in samples(drawn) if not site["is_observed"]}
+        latents = [name for name, site in known.items() if not self._observes(site)]
+        for name, value in values.items():
+            if name not in known:
+                raise ValueError(
+                    f"{self.name!r} has no latent {name!r} to decode; it has "
+                    f"{', '.join(latents) or 'none'}.{hint(name, known)}"
+                )
+            expected, found = tuple(known[name]["value"].shape), tuple(value.shape)
+            if found != expected:
+                raise ValueError(
+                    f"Values of {name!r} of {self.name!r} must have shape {expected}, (S, *event) "
+                    f"with as many draws S as the others, got {found}."
+                )
 
     def interpolate(self, start: Any, end: Any, steps: int = 10) -> dict[str, Tensor]:
         """Decode points on the line between the codes of two data, or of two batches pairwise.

@@ -180,7 +180,7 @@ def test_a_run_remembers_its_data_and_can_be_evaluated_by_another_proposal():
 
 
 def test_another_proposal_leaves_the_tables_of_others_as_they_are():
-    works("fit ppca --set latent_size=2 --folder run --epochs 1")
+    works("fit ppca --set latent_size=2 --folder run --epochs 1 --dequantisation uniform")
     works("evaluate run --num-particles 20")
     before = Path("run/evaluation.csv").read_text()
     assert "from the refined guide" in works("evaluate run --num-particles 20 --proposal refined")

@@ -302,6 +302,27 @@ def test_grey_levels_under_a_bernoulli_are_an_error_unless_asked_for():
     assert bool(weights.isfinite().all())
 
 
+@pytest.mark.parametrize("binarisation", ["dynamic", "threshold"])
+def test_a_density_of_bits_is_warned_of(binarisation):
+    bits = pvae.load_data("digits", binarisation=binarisation).test
+    grey = pvae.load_data("digits", dequantisation="uniform").test
+    model = pvae.models.gaussian_vae(64, latent_size=2, hidden=(4,))
+    with pytest.warns(UserWarning, match="'digits' is binary, and Normal a density"):
+        model.columns(bits)
+    model.columns(grey)
+    pvae.models.count_vae(64, latent_size=2, hidden=(4,)).columns(bits)
+
+
+def test_labels_of_data_are_named_where_a_model_takes_them():
+    digits = pvae.load_data("digits").test
+    model = pvae.models.conditional_vae(64, latent_size=2, hidden=(4,))
+    with pytest.raises(ValueError, match=r"with x, y\. Labels of data are `data\.labels`\."):
+        model.columns(digits)
+    labels = digits.labels.float().masked_fill(digits.labels == 0, torch.nan)
+    with pytest.raises(ValueError, match=r"Column 'y': Data 'tensor' has NaN"):
+        model.columns({"x": digits, "y": labels})
+
+
 @pytest.mark.parametrize(
     ("site", "data", "message"),
     [

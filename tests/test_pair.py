@@ -1,10 +1,11 @@
+import pyro
 import pyro.distributions as dist
 import pytest
 import torch
 from torch import Tensor
 
 import pvae
-from pvae import Given, Latent, LatentModel, Learned, Observed
+from pvae import Given, Latent, LatentModel, Learned, Observed, PyroPair
 from pvae.nets import MLP, Linear, Table
 from pvae.pair import Columns
 
@@ -81,12 +82,31 @@ def test_draws_follow_torchs_seed():
 
 
 @pytest.mark.parametrize(
+    "given", [{"y": 2}, 2, torch.tensor(2)], ids=["by name", "a number", "a tensor"]
+)
+def test_all_draws_may_share_one_value_of_what_a_model_is_conditioned_on(given):
+    model = deep()
+    torch.manual_seed(3)
+    expected = model.prior_predictive(6, given={"y": torch.full((6,), 2)})
+    torch.manual_seed(3)
+    found = model.prior_predictive(6, given=given)
+    assert list(found) == ["c", "z", "x", "w"]
+    for name, value in expected.items():
+        assert torch.equal(found[name], value)
+    z = {"z": torch.randn(6, 2)}
+    each = model.decode(z, given=torch.full((6,), 2))["x"]
+    assert torch.equal(model.decode(z, given=given)["x"], each)
+    assert not torch.equal(model.decode(z, given=0)["x"], each)
+
+
+@pytest.mark.parametrize(
     ("given", "message"),
     [
         (None, r"'model' is conditioned on y: pass these values by `given=`, got nothing\."),
         ({"q": torch.zeros(6)}, r"is conditioned on y: .*, got q\."),
         (torch.zeros(5), r"6 draws need as many values of 'y', got 5\."),
         (torch.full((6,), 3), r"Datum 0 lies outside the support .* of 'y' \(Given\)"),
+        (3, r"Datum 0 lies outside the support .* of 'y' \(Given\)"),
         (torch.zeros(6, 2), r"Data for 'y' of 'model' must have shape \(N, \), got \(6, 2\)"),
     ],
 )
@@ -324,3 +344,67 @@ def test_decode_gives_the_means_at_latents_of_ones_choosing():
     grid = torch.cartesian_prod(torch.linspace(-2, 2, 3), torch.linspace(-2, 2, 3))
     weight, bias = model.module_of("x").nets.parameters()
     torch.testing.assert_close(model.decode({"z": grid})["x"], (grid @ weight.T + bias).detach())
+
+
+def test_latents_left_out_are_drawn_from_the_prior():
+    model = LatentModel(
+        c=Latent(dist.Categorical, 2, probs=[0.25, 0.75]),
+        z=Latent(dist.Normal, 2),
+        x=Observed(dist.Normal, 1, given=("z", "c"), net=Linear(), scale=0.1),
+    )
+    z = torch.zeros(4000, 2)
+    means = model.decode({"z": z})["x"]
+    low, high = (model.decode({"z": z[:1], "c": torch.tensor([c])})["x"] for c in range(2))
+    share = ((means - low).abs() > (means - high).abs()).float().mean()
+    assert abs(share - 0.75) < 4.5 * (0.75 * 0.25 / 4000) ** 0.5
+
+
+def pyro_pair() -> PyroPair:
+    """Two latents of which the second is discrete, drawn by hand, as many as there are data."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            code = pyro.sample("code", dist.Categorical(torch.ones(3)))
+            pyro.deterministic("double", 2 * z, event_dim=1)
+            loc = z.sum(-1) + code
+            pyro.sample("x", dist.Normal(loc, 0.5), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+
+    pair = PyroPair(model, guide, name="by hand")
+    pair.prepare(torch.zeros(5))
+    return pair
+
+
+def test_a_hand_written_model_decodes_latents_of_ones_choosing():
+    found = pyro_pair().decode({"z": torch.ones(3, 2), "code": torch.arange(3)})
+    assert found["x"].tolist() == [2.0, 3.0, 4.0]
+
+
+Z = torch.zeros(3, 2)
+
+
+@pytest.mark.parametrize(
+    ("make", "values", "message"),
+    [
+        (linear_vae, {"zz": Z}, r"'model' has no latent 'zz' to decode; it has z\. .* mean 'z'\?"),
+        (linear_vae, {"z": Z, "c": Z}, r"'model' has no latent 'c' to decode; it has z\.$"),
+        (deep, {"y": Z}, r"has no latent 'y' to decode; it has c, z\."),
+        (linear_vae, {"z": torch.zeros(3, 5)}, r"'z' of 'model' .* \(3, 2\), .* got \(3, 5\)\.$"),
+        (linear_vae, {"z": torch.zeros(2)}, r"'z' of 'model' must .* \(2, 2\), .* got \(2,\)\.$"),
+        (linear_vae, {"z": torch.tensor(0.0)}, r"must have shape \(1, 2\), .* got \(\)\.$"),
+        (deep, {"z": Z, "c": torch.zeros(4)}, r"'c' of 'model' .* \(3,\), .* got \(4,\)\.$"),
+        (linear_vae, {}, "needs values of a latent, got none: try `prior_predictive`"),
+        (pyro_pair, {"cod": torch.zeros(3)}, r"'by hand' has .* has z, code\. .* mean 'code'\?"),
+        (pyro_pair, {"double": Z}, r"'by hand' has no latent 'double' .* it has z, code\."),
+        (pyro_pair, {"z": Z.T}, r"'z' of 'by hand' must have shape \(2, 2\), .* got \(2, 3\)\.$"),
+    ],
+)
+def test_decode_says_which_latents_there_are_and_of_which_shapes(make, values, message):
+    model = make()
+    given = torch.zeros(3) if model.name == "model" and model.given else None
+    with pytest.raises(ValueError, match=message):
+        model.decode(values, given)

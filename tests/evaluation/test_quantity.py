@@ -69,3 +69,11 @@ def test_annealing_tells_it_too():
     data = {"x": binary(), "y": labels().long()}
     result = pvae.ais(model, data, num_chains=2, num_temperatures=3)
     assert (result.of, result.dimensions) == ("x | y", 6)
+
+
+def test_data_simulated_for_one_label_are_bracketed():
+    model = models.conditional_vae(categories=3, **SIZES)
+    how = {"num_data": 6, "num_chains": 2, "num_temperatures": 5}
+    one = pvae.sandwich(model, given={"y": 2}, **how)
+    all_of_them = pvae.sandwich(model, given={"y": torch.full((6,), 2)}, **how)
+    assert one.simulated.equals(all_of_them.simulated)
