@@ -65,6 +65,7 @@ class Data(Dataset[Tensor]):
         name: str | None = None,
         *,
         missing: bool = False,
+        mask: Any = None,
         like: "Data | DataSpec | None" = None,
     ) -> "Data":
         """Wrap what holds data, whole; a `Data` stays as it is.
@@ -82,6 +83,7 @@ class Data(Dataset[Tensor]):
             name: whose, for errors and results; found from the data where left out.
             missing: whether NaN is allowed, and marks what was not seen (see also `masked`); a
                 blank label is then -1.
+            mask: True where an entry was seen; see `masked`.
             like: what a model was trained on, or its specification (`fit.specs["x"]`): new values,
                 as measured, are given the same shape, noise and scale.
 
@@ -90,6 +92,8 @@ class Data(Dataset[Tensor]):
             ValueError: if there is no datum, a value is NaN or infinite, or a file is damaged.
             FileNotFoundError: if there is no such file.
         """
+        if mask is not None:
+            return cls.of(data, name, missing=missing, like=like).masked(mask)
         if like is not None:
             from pvae.data.load import load_like
 

@@ -19,6 +19,7 @@ def test_a_mask_tells_what_was_seen():
     masked = data.masked(seen)
     assert torch.equal(masked.values.isnan(), (~seen).expand(5, 3))
     assert masked.spec.missing
+    assert torch.equal(Data.of(values, mask=seen).values.isnan(), masked.values.isnan())
     assert "some missing" in masked.spec.space()
     assert not data.spec.missing
     assert data.masked(torch.ones(5, 3, dtype=torch.bool).numpy()).spec == data.spec
