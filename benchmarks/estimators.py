@@ -94,7 +94,7 @@ def belief_network() -> pvae.LatentModel:
 STUDIES = {
     "digits": Study("digits", lambda: pvae.models.vae(64, 8), REPARAMETERISED, 3, 6, 360),
     "digits, Bernoulli latents": Study("digits", belief_network, DISCRETE, 3, 6, 360),
-    "MNIST": Study("mnist", pvae.models.vae, REPARAMETERISED, 1, 60, 500),
+    "MNIST": Study("mnist", pvae.models.vae, REPARAMETERISED, 3, 60, 500),
 }
 
 
