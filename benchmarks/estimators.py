@@ -3,8 +3,8 @@
     objective --rate--> CPU seconds a step --budget--> steps --fit, evaluate--> one record a seed
     records   --markdown-->  tables between marks of docs/objectives.md
 
-`python -m benchmarks.estimators` runs what results/estimators.json does not have yet, an hour and
-a half in all, and writes both files. Each fit has a process and a thread of its own, two at a time;
+`python -m benchmarks.estimators` runs what results/estimators.json does not have yet, two hours
+in all, and writes both files. Each fit has a process and a thread of its own, two at a time;
 seeds are the outer loop, so that a busy machine disturbs all objectives alike. MNIST is read where
 the environment's PVAE_DATA points, and left out where it is not there.
 """
