@@ -88,7 +88,7 @@ class Programs:
     def dream(self) -> Tensor:
         """log q(z | x), with z and x drawn from the model, as many as there are data: (N,), nats.
 
-        Differentiable in the guide's parameters alone.
+        Differentiable in the parameters that the guide uses alone.
 
         Raises:
             ValueError: where an observed site's data are not one of the programs' arguments.

@@ -165,9 +165,10 @@ class Latent(Site):
         flow: one step or several of a flow, through which the distribution's draws pass.
         times_prior: in a guide, whether the Normal declared here is multiplied by the model's own
             Normal of the same latent, given what has been drawn above it: q(z | x, z') is
-            proportional to p(z | z') N(z; m(x), s(x)^2) (Sønderby et al. 2016, eq. 11 to 13). Its
-            parameters then learn from both uses; where an objective has two goals (PIWAE, CUBO,
-            wake and sleep), from the model's in the one and the guide's in the other.
+            proportional to p(z | z') N(z; m(x), s(x)^2) (Sønderby et al. 2016, eq. 11 to 13). The
+            model's net for z then learns from both uses: where an objective has two goals (PIWAE,
+            CUBO, ForwardKL, wake and sleep), from the model's in the one and the guide's in the
+            other; and the bias of IWAE's "stl" reaches it.
 
     Raises:
         TypeError: for a step that is none.

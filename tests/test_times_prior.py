@@ -18,10 +18,10 @@ A, S, B, SIGMA = 0.7, 0.8, 1.5, 0.6  # z2 ~ N(0, 1), z1 ~ N(A z2, S), x ~ N(B z1
 VARIANCE = B**2 * (A**2 + S**2) + SIGMA**2
 
 
-def chain(slope: float, deviation: float) -> LatentModel:
-    """The linear chain, and q(z2 | x) = N(slope x, deviation^2), q(z1 | x, z2) ~ p N(x / B, ...).
+def chain(slope: float, deviation: float, says: float = 1 / B, bias: float = 0.0) -> LatentModel:
+    """The linear chain; q(z2 | x) = N(slope x, deviation^2), q(z1 | x, z2) ~ p N(says x + bias, .).
 
-    Of slope and deviation of the posterior, the guide is the posterior.
+    Of slope and deviation of the posterior, and as it says by itself, the guide is the posterior.
     """
     model = LatentModel(
         z2=Latent(Normal, 1),
@@ -32,13 +32,21 @@ def chain(slope: float, deviation: float) -> LatentModel:
             "z1": Latent(Normal, 1, given="x", net=Linear(), scale=SIGMA / B, times_prior=True),
         },
     ).double()
-    slopes = {"z1": A, "x": B}, {"z2": slope, "z1": 1 / B}
+    slopes = {"z1": A, "x": B}, {"z2": slope, "z1": says}
     with torch.no_grad():
         for part, own in zip((model.model_modules, model.guide_modules), slopes, strict=True):
             for name, value in own.items():
                 for parameter in part[name].parameters():
                     parameter.fill_(value if parameter.dim() == 2 else 0.0)
+        for parameter in model.guide_modules["z1"].parameters():
+            if parameter.dim() == 1:
+                parameter.fill_(bias)
     return model
+
+
+def off() -> LatentModel:
+    """A guide that is none of the posterior's parts."""
+    return chain(0.2, 0.9, says=0.2, bias=0.3)
 
 
 def test_of_the_posterior_each_log_weight_is_log_p():
@@ -53,7 +61,7 @@ def test_of_the_posterior_each_log_weight_is_log_p():
 def gradients(objective, seed: int, num_data: int = 4000) -> tuple[Tensor, Tensor]:
     """By parameter: the mean over draws and its standard error, and the expectation."""
     torch.manual_seed(seed)
-    model = chain(0.2, 0.9)
+    model = off()
     x = torch.full((num_data, 1), 1.3, dtype=torch.float64)
     drawn = []
     for _ in range(30):
@@ -64,9 +72,12 @@ def gradients(objective, seed: int, num_data: int = 4000) -> tuple[Tensor, Tenso
     return draws.mean(0), draws.std(0) / 30**0.5
 
 
-def expectation(num_particles: int) -> Tensor:
-    """Of the gradient of L_K, by Gauss-Hermite in e2 and e1 of each particle."""
-    model = chain(0.2, 0.9)
+def expectation(num_particles: int, wake: bool = False) -> Tensor:
+    """Of the gradient of L_K, by Gauss-Hermite in e2 and e1 of each particle.
+
+    Or that of wake-sleep's wake phases, sum_k w~_k (d log p_k + d log q_k) at draws that are fixed.
+    """
+    model = off()
     p, q = model.model_modules, model.guide_modules
     x = torch.tensor([1.3], dtype=torch.float64)
     nodes = 24 if num_particles == 1 else 14
@@ -78,7 +89,12 @@ def expectation(num_particles: int) -> Tensor:
     scale = (1 / S**2 + 1 / own**2) ** -0.5
     loc = scale**2 * (above / S**2 + says / own**2)
     z1 = loc + scale * e1
-    log_q = Normal(z2 - 0.9 * e2, 0.9).log_prob(z2) + Normal(loc, scale).log_prob(z1)
+    if wake:
+        z1, z2 = z1.detach(), z2.detach()
+        above = p["z1"].nets["net"](z2)["loc"]
+        loc = scale**2 * (above / S**2 + says / own**2)
+    centre = q["z2"].nets["net"](x)["loc"]
+    log_q = Normal(centre, 0.9).log_prob(z2) + Normal(loc, scale).log_prob(z1)
     log_p = Normal(0.0, 1.0).log_prob(z2) + Normal(above, S).log_prob(z1)
     log_p = log_p + Normal(p["x"].nets["net"](z1)["loc"], SIGMA).log_prob(x)
     log_w, weight = (log_p - log_q).flatten(), (chance[:, None] * chance).flatten()
@@ -86,6 +102,10 @@ def expectation(num_particles: int) -> Tensor:
     if num_particles == 2:
         bound = torch.logaddexp(log_w[:, None], log_w) - math.log(2)
         together = weight[:, None] * weight
+    if wake:
+        share = (log_w[:, None] - log_w).sigmoid().detach()
+        both = (log_p + log_q).flatten()
+        bound = share * both[:, None] + (1 - share) * both
     found = torch.autograd.grad((bound * together).sum(), list(model.parameters()))
     return torch.stack([gradient.sum() for gradient in found])
 
@@ -104,12 +124,23 @@ def hermite(nodes: int) -> tuple[Tensor, Tensor]:
         (pvae.ELBO(kl="analytic"), 1),
         (pvae.IWAE(2), 2),
         (pvae.IWAE(2, "dreg"), 2),
+        (pvae.ReweightedWakeSleep(2), 2),
     ],
     ids=lambda value: str(value),
 )
 def test_the_shared_net_has_the_gradient_of_both_its_uses(objective, num_particles):
     mean, error = gradients(objective, 3)
-    assert ((mean - expectation(num_particles)).abs() < 4.5 * error + 1e-6).all()
+    wake = isinstance(objective, pvae.ReweightedWakeSleep)
+    assert ((mean - expectation(num_particles, wake)).abs() < 4.5 * error + 1e-6).all()
+
+
+def test_the_use_in_the_guide_can_be_told():
+    """What the test above would not see, were the guide's use of the shared net left out."""
+    model = off()
+    guide = pyro.poutine.trace(model.guide).get_trace(torch.full((1, 1), 1.3, dtype=torch.float64))
+    shared = list(model.model_modules["z1"].parameters())
+    found = torch.autograd.grad(guide.nodes["z1"]["value"].sum(), shared)
+    assert min(float(g.abs().max()) for g in found) > 0.1
 
 
 def normal(given: str, **options) -> Latent:
