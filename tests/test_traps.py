@@ -13,7 +13,7 @@ import pytest
 import torch
 from pyro import poutine
 from pyro.infer import SVI, RenyiELBO, Trace_ELBO
-from pyro.infer.importance import vectorized_importance_weights
+from pyro.infer.importance import psis_diagnostic, vectorized_importance_weights
 from torch import Tensor, nn
 from torch.testing import assert_close
 
@@ -137,6 +137,18 @@ def test_vectorized_importance_weights_are_joint_over_the_batch():
     assert bounds.effective_sample_size(joint[:, None]) < 0.05 * K * float(share.min())
     with pytest.raises(TypeError, match="logsumexp"):
         vectorized_importance_weights(TRUTH.model, broad_guide, x, normalized=True, **settings)
+
+
+def test_psis_diagnostic_is_one_number_that_grows_with_the_batch():
+    """Of one datum the weights are bounded; the product of 64 has a tail however good each is."""
+    x, settings = TRUTH.sample(64), {"num_particles": 4000, "max_simultaneous_particles": 4000}
+    settings["max_plate_nesting"] = 1
+    joint = psis_diagnostic(TRUTH.model, broad_guide, x, **settings)
+    own = bounds.pareto_khat(log_weights(TRUTH.pair(SPREAD), x, 4000))
+    assert isinstance(joint, float)
+    assert own.shape == (64,)
+    assert float(own.max()) < 0, "bounded"
+    assert joint > 0.7
 
 
 @pytest.mark.uses_param_store
