@@ -5,8 +5,10 @@ over batches adds up to. See `test_pyros_tests`.
 """
 
 import copy
+import math
 from functools import partial
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -17,6 +19,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.testing import assert_close
 
+from pvae import PyroPair
 from pvae.batches import source_of
 from pvae.fence import fenced
 from pvae.objectives import CIWAE, CUBO, ELBO, IWAE, MIWAE, PIWAE, Renyi
@@ -272,3 +275,56 @@ def test_full_batch_and_mini_batch_have_the_same_optimum(objective, batch_size):
     assert abs(x.mean()) > 0.2, "mu starts at 0"
     mean = dist.Normal(mu, 1.0).log_prob(x).mean()
     assert fitted.history["train"].iloc[-1] == pytest.approx(float(mean), abs=0.05)
+
+
+class Shifted(nn.Module):
+    """z ~ N(0, 1), x | z ~ N(z + mu, 1), and a guide that is off and stays so: N(0.6, 0.8)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mu = nn.Parameter(torch.zeros((), dtype=torch.float64))
+
+    def model(self, x):
+        pyro.module("shifted", self)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
+            pyro.sample("x", dist.Normal(z + self.mu, 1.0), obs=x)
+
+    def guide(self, x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x.new_full((), 0.6), 0.8))
+
+
+def optimum(num_particles: int, x: Tensor) -> float:
+    """The mu of the largest L_K, K one or two, by Gauss-Hermite in each draw."""
+    e, chance = map(torch.from_numpy, np.polynomial.hermite_e.hermegauss(24))
+    z, chance = 0.6 + 0.8 * e, chance / chance.sum()
+    mu = torch.linspace(-1, 2, 601, dtype=torch.float64)[:, None, None]
+    log_p = dist.Normal(0.0, 1.0).log_prob(z) + dist.Normal(z + mu, 1.0).log_prob(x[:, None])
+    bound = log_p - dist.Normal(0.6, 0.8).log_prob(z)  # (mu, data, draws)
+    if num_particles == 2:
+        pairs = torch.logaddexp(bound[..., None], bound[..., None, :]) - math.log(2)
+        bound = (pairs * chance).sum(-1)
+    return float(mu[(bound * chance).sum(-1).mean(-1).argmax()])
+
+
+@pytest.mark.parametrize("batch_size", [6, 2])
+@pytest.mark.parametrize(("objective", "num_particles"), [(ELBO(), 1), (IWAE(2), 2)])
+def test_each_bound_has_an_optimum_of_its_own_whatever_the_batch(
+    objective, num_particles, batch_size
+):
+    """Gradients spread by less than one: 7,200 of them leave an error below 0.012."""
+    x, shifted = 1 + normal(6, seed=6), Shifted()
+    fit(
+        PyroPair(shifted.model, shifted.guide),
+        x,
+        objective,
+        optimizer=torch.optim.SGD,
+        batch_size=batch_size,
+        lr=1.0,
+        epochs=1200,
+        scheduler=lambda o: LambdaLR(o, lambda epoch: 1 / (1 + epoch)),
+    )
+    assert float(shifted.mu.detach()) == pytest.approx(optimum(num_particles, x), abs=0.06)
+    assert optimum(2, x) > optimum(1, x) + 0.12
+    assert optimum(1, x) == pytest.approx(float(x.mean()) - 0.6, abs=0.005)
