@@ -62,6 +62,7 @@ BINARY: tuple[Row, ...] = (
     ("conv_vae()", "ELBO()"),
     ("hierarchical_vae()", "ELBO()"),
     ("ladder_vae()", "ELBO()"),
+    ("ladder_vae()", "ELBO(beta=WarmUp(steps // 2))"),
     ("mixture_vae()", "ELBO()"),
     ("vampprior_vae(num_components=50)", "ELBO()"),
     ("vampprior_vae(num_components=50)", "ELBO(beta=WarmUp(steps // 2))"),

@@ -6,9 +6,13 @@ q(z_l | x, z_l+1) proportional to p(z_l | z_l+1) N(z_l; m(x), diag s(x)^2)    (e
 
 In `hierarchical_vae` the guide climbs, and z_2 sees of x only what z_1 has kept. Here the top layer
 sees x itself, and each layer below is what the layers above expect, by the model's own nets,
-corrected by what x says, each weighted by its precision. Left out is that the nets that read x are
-one chain in the paper, from layer to layer; here each reads x by itself.
+corrected by what x says, each weighted by its precision. So q can equal p at no cost, and a layer
+begun badly stays unused, its prior ever narrower: warm its KL terms up, as the paper does,
+`fit(model, data, pvae.ELBO(beta=pvae.WarmUp(steps)))`. Left out are batch normalisation, and that
+the nets that read x are one chain in the paper, from layer to layer; here each reads x by itself.
 """
+
+from functools import partial
 
 from pyro.distributions import Bernoulli, Normal
 
@@ -25,13 +29,14 @@ def ladder_vae(
     """p(z_L) = N(0, I), p(z_l | z_l+1) = N, p(x | z_1) = Bernoulli; q from z_L down to z_1."""
     if not latent_sizes:
         raise ValueError("`latent_sizes` needs a number for each layer, got none.")
+    rectified = partial(MLP, activation="leaky_relu")
     layers = [(f"z{i}", size) for i, size in enumerate(latent_sizes, start=1)]
     above, top_size = layers[-1]
     sites = {above: Latent(Normal, top_size)}
-    guide = {above: Latent(Normal, top_size, given="x", net=MLP(*hidden))}
+    guide = {above: Latent(Normal, top_size, given="x", net=rectified(*hidden))}
     for name, size in reversed(layers[:-1]):
-        sites[name] = Latent(Normal, size, given=above, net=MLP(*hidden_top))
-        guide[name] = Latent(Normal, size, given="x", net=MLP(*hidden), times_prior=True)
+        sites[name] = Latent(Normal, size, given=above, net=rectified(*hidden_top))
+        guide[name] = Latent(Normal, size, given="x", net=rectified(*hidden), times_prior=True)
         above = name
-    x = Observed(Bernoulli, data_size, given=above, net=MLP(*hidden))
+    x = Observed(Bernoulli, data_size, given=above, net=rectified(*hidden))
     return LatentModel(**sites, x=x, guide=guide, name="ladder_vae")

@@ -26,10 +26,11 @@ def vampprior_vae(
     num_components: int = 100,
 ) -> LatentModel:
     """p(z) = 1/K sum_k q(z | u_k), p(x | z) = Bernoulli; q(z | x) = N(mu(x), diag sigma(x)^2)."""
+    net = MLP(*hidden, activation="relu")
     return LatentModel(
         k=Latent(Categorical, num_components),
         z=Latent(Normal, latent_size, given="k", net=PseudoInputs()),
-        x=Observed(Bernoulli, data_size, given="z", net=MLP(*hidden)),
-        guide={"z": Latent(Normal, latent_size, given="x", net=MLP(*hidden))},
+        x=Observed(Bernoulli, data_size, given="z", net=net),
+        guide={"z": Latent(Normal, latent_size, given="x", net=net)},
         name="vampprior_vae",
     )

@@ -301,10 +301,14 @@ class SiteModule(nn.Module):
 
 
 def _product(own: Mapping[str, Tensor], prior: Any) -> dict[str, Tensor]:
-    """Of two Normals: their means weighted by their precisions, which add up."""
-    precision = own["scale"].pow(-2) + prior.scale.pow(-2)
-    loc = own["loc"] * own["scale"].pow(-2) + prior.loc * prior.scale.pow(-2)
-    return {"loc": loc / precision, "scale": precision.rsqrt()}
+    """Of two Normals: means weighted by precisions, which add up.
+
+    Written by ratios of scales, none above one: precisions themselves overflow.
+    """
+    both = torch.hypot(own["scale"], prior.scale)
+    of_prior, of_own = own["scale"] / both, prior.scale / both
+    loc = of_own.square() * own["loc"] + of_prior.square() * prior.loc
+    return {"loc": loc, "scale": own["scale"] * of_own}
 
 
 def _in_full(value: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ import pvae
 from pvae import Latent, LatentModel, Learned, Observed
 from pvae.flows import IAF
 from pvae.nets import MLP, Linear, Table
+from pvae.site_module import _product
 
 A, S, B, SIGMA = 0.7, 0.8, 1.5, 0.6  # z2 ~ N(0, 1), z1 ~ N(A z2, S), x ~ N(B z1, SIGMA)
 VARIANCE = B**2 * (A**2 + S**2) + SIGMA**2
@@ -141,6 +142,20 @@ def test_the_use_in_the_guide_can_be_told():
     shared = list(model.model_modules["z1"].parameters())
     found = torch.autograd.grad(guide.nodes["z1"]["value"].sum(), shared)
     assert min(float(g.abs().max()) for g in found) > 0.1
+
+
+@pytest.mark.parametrize("scales", [(1e-25, 1.0), (1.0, 1e-25), (1e30, 1.0), (1e30, 1e30)])
+def test_scales_whose_precisions_overflow_have_a_product_with_gradients(scales):
+    loc, own, prior = (torch.tensor(v, requires_grad=True) for v in (0.7, *scales))
+    found = _product({"loc": loc, "scale": own}, Normal(-0.4, prior))
+    a, b = map(float, scales)
+    weight = 1 / (1 + (a / b) ** 2)  # of the guide's own
+    assert float(found["loc"].detach()) == pytest.approx(
+        0.7 * weight - 0.4 * (1 - weight), rel=1e-5
+    )
+    assert float(found["scale"].detach()) == pytest.approx(a * weight**0.5, rel=1e-5)
+    (found["loc"] + found["scale"]).backward()
+    assert all(bool(leaf.grad.isfinite()) for leaf in (loc, own, prior))
 
 
 def normal(given: str, **options) -> Latent:

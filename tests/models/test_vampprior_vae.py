@@ -24,7 +24,7 @@ def tiny(num_components: int = 4) -> LatentModel:
 def encoded(model: LatentModel, x: Tensor) -> Normal:
     """q(z | x), written out."""
     first, _, last = model.guide_module_of("z").nets["net"].body
-    h = torch.tanh(x @ first.weight.T + first.bias) @ last.weight.T + last.bias
+    h = torch.relu(x @ first.weight.T + first.bias) @ last.weight.T + last.bias
     return Normal(h[:, 0], h[:, 1].exp())
 
 
