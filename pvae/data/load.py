@@ -58,9 +58,10 @@ def load_data(
     .npz, and folders so named, are the splits.
 
     Binarisation, of values in [0, 1]:
-        "dynamic": 1 with probability the grey level. Train is drawn anew for each batch, valid and
-            test once. The default for sets of grey images but faces, and the custom since
-            Salakhutdinov & Murray 2008 and Burda, Grosse & Salakhutdinov 2016.
+        "dynamic": 1 with probability the grey level. Train is drawn anew for each batch, and so for
+            each epoch, in which a datum is in one batch; valid and test once. The default for sets
+            of grey images but faces, and the custom since Salakhutdinov & Murray 2008 and Burda,
+            Grosse & Salakhutdinov 2016.
         "fixed": train too is drawn once. Valid and test are those of "dynamic".
         "threshold": 1 where the grey level is above 1/2.
         "none": grey levels, level / (levels - 1). The default for arrays, which stay as they are,
