@@ -470,6 +470,22 @@ def test_a_mixture_behind_a_linear_decoder_imputes_exactly_whatever_its_guide():
     assert_imputes(found, *moments_of_mixture(x, m @ W.T + b, covariances))
 
 
+def test_draws_are_given_the_parents_that_were_seen():
+    """w | z, x is near 2 x: had x been drawn again, w would be near twice that."""
+    model = LatentModel(
+        z=Latent(dist.Normal, 1),
+        x=Observed(dist.Normal, 1, given="z", net=Linear(), scale=1.0),
+        w=Observed(dist.Normal, 1, given="x", net=Linear(), scale=0.1, missing=True),
+    )
+    one = torch.ones(1, 1)
+    model = with_parameters(model, x=(one, 0 * one[0]), w=(2 * one, 0 * one[0]))
+    data = {"x": torch.full((3, 1), 5.0), "w": torch.full((3, 1), NAN)}
+    found = pvae.impute(model, data, 4000, 400, proposal="prior").draws["w"]
+    error = 0.1 / math.sqrt(400)
+    assert bool(((found.mean(0) - 10).abs() < 4.5 * error).all())
+    assert_close(found.std(0), torch.full((3, 1), 0.1, dtype=found.dtype), rtol=0.2, atol=0)
+
+
 def test_few_effective_particles_are_told():
     x = holes(TRUTH.sample(8))
     with pytest.warns(

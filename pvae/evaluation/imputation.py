@@ -258,7 +258,13 @@ def _drawn(model: LatentModel, batch: Batch, z: Values, num_samples: int) -> Val
     program = poutine.condition(model.model, z)
     plates = model.plates
     particles = draw(program, _nothing, (batch,), num_particles=num_samples, plates=plates)
-    given = {**z, **particles.posterior_values()}
+    precision = next(model.parameters()).dtype
+    seen = {
+        name: (x.to(precision) if x.is_floating_point() else x).expand(num_samples, *x.shape)
+        for name, x in _by_name(model, batch).items()
+        if not bool(x.isnan().any())
+    }
+    given = {**z, **particles.posterior_values(), **seen}
     plate = pyro.plate("particles", num_samples, dim=-1 - plates.nesting)
     program = plate(poutine.condition(Unobserved()(model.model), given))
     trace: Any = poutine.trace(program).get_trace(batch)
