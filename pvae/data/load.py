@@ -125,7 +125,7 @@ def load_like(source: Any, spec: DataSpec, name: str | None = None, missing: boo
     """New values, as measured, in the shape, with the noise and on the scale of a specification.
 
     Args:
-        source: as of `Data.of`.
+        source: as of `Data.of`; columns are taken in their order.
         spec: of what a model was trained on.
         name: whose, for errors and results; found from the source where left out.
         missing: whether NaN is allowed; it is too where the specification has some.
@@ -134,16 +134,25 @@ def load_like(source: Any, spec: DataSpec, name: str | None = None, missing: boo
         TypeError: for splits, or a `Data` that has noise or scale of its own.
         ValueError: for data of another size, or outside what the noise takes.
     """
-    data = Data.of(source, name, missing=missing or spec.missing)
+    if isinstance(source, Data):
+        data = source
+    else:
+        rows = read_rows(source, name, missing=missing or spec.missing)
+        if not isinstance(rows, Rows):
+            raise TypeError(f"{str(source)!r} holds splits: pass one of them.")
+        grey = rows.dtype in ("uint8", "torch.uint8") and spec.dequantisation != "none"
+        data = Data.from_rows(_grey(rows, spec.dequantisation) if grey else rows)
     if data.spec.is_scaled or data.spec.binarisation != "none":
         raise TypeError(
             f"`like` gives noise and scale to values as measured, and {data.spec.name!r} has "
             f"its own already ({data.spec.space()})."
         )
-    if data.spec.dimensions != spec.dimensions:
+    shapes = [tuple(n for n in s.event_shape if n > 1) for s in (data.spec, spec)]
+    flat = min(map(len, shapes)) < 2
+    if data.spec.dimensions != spec.dimensions or not (flat or shapes[0] == shapes[1]):
         raise ValueError(
-            f"Data {data.spec.name!r} must have {spec.dimensions} numbers a datum, as "
-            f"{spec.name!r} has, got {data.spec.dimensions}."
+            f"Data {data.spec.name!r} must have the shape of {spec.name!r}, {spec.event_shape} a "
+            f"datum or as many numbers in a row, got {data.spec.event_shape}."
         )
     own = replace(
         data.spec,

@@ -55,7 +55,7 @@ def test_grey_levels_get_the_same_noise(options):
 @pytest.mark.parametrize(
     ("source", "options", "error", "match"),
     [
-        (RAW[:, :2], {}, ValueError, "'tensor' must have 3 numbers a datum, .* has, got 2"),
+        (RAW[:, :2], {}, ValueError, r"'tensor' must have the shape of 'tensor', \(3,\) .* \(2,\)"),
         (load_data(RAW, standardisation="columns").train, {}, TypeError, "has its own already"),
         (
             RAW,
@@ -92,3 +92,20 @@ def test_a_run_keeps_the_specification_of_each_column(tmp_path):
     specs = pvae.load(tmp_path).specs
     assert specs["x"] == digits.spec
     assert list(specs) == ["x", "y"]
+
+
+def test_bytes_become_levels_as_those_of_train_did():
+    levels = torch.randint(256, (40, 6), dtype=torch.uint8).numpy()
+    train = load_data(levels, dequantisation="uniform").train
+    found = Data.of(levels, like=train).values
+    assert bool(((256 * found).floor() == torch.from_numpy(levels)).all())
+
+
+def test_images_are_not_read_in_another_order():
+    images = torch.rand(30, 3, 4, 5)
+    train = load_data(images, flatten=False, standardisation="columns").train
+    assert torch.equal(
+        Data.of(images.flatten(1), like=train).values, Data.of(images, like=train).values
+    )
+    with pytest.raises(ValueError, match=r"shape of 'tensor', \(3, 4, 5\) .* got \(4, 5, 3\)"):
+        Data.of(images.permute(0, 2, 3, 1), like=train)
