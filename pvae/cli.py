@@ -265,7 +265,7 @@ def evaluate(
         device=device,
         progress=True,
     )
-    words = ["evaluation", Path(data or "").stem, proposal or ""]
+    words = ["evaluation", Path(named.lasting(data)).stem if data else "", proposal or ""]
     path = run / f"{'-'.join(filter(None, words))}.csv"
     result.summary().assign(model=result.model, data=result.spec.space()).to_csv(path)
     typer.echo(f"{result}\nWritten to {path}")

@@ -74,6 +74,14 @@ class PyroPair(Pair):
         self.modules_used = nn.ModuleList(_owners(model, guide))
 
     @property
+    def given(self) -> list[str]:
+        """Columns of named data that no observed site holds; known once it has seen data."""
+        if self._places is None or not isinstance(self._example, Mapping):
+            return []
+        held = {step for places in self._places.values() for place in places for step in place}
+        return [name for name in self._example if name not in held]
+
+    @property
     def summed(self) -> list[str]:
         """Names of the model's discrete latents that the guide does not draw."""
         return self._summed

@@ -295,7 +295,8 @@ class SiteModule(nn.Module):
             for key in self.shapes
         }
         for prior in self.prior:
-            parameters = _product(parameters, prior(values).base_dist)
+            own: Any = prior(values)
+            parameters = _product(parameters, own.base_dist if self.event_dims else own)
         d = self._distribution(parameters).to_event(self.event_dims)
         return d if self.flow is None else self.flow(d, context)
 

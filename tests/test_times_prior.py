@@ -144,6 +144,15 @@ def test_the_use_in_the_guide_can_be_told():
     assert min(float(g.abs().max()) for g in found) > 0.1
 
 
+def test_a_latent_may_be_a_single_number():
+    model = LatentModel(
+        z=Latent(Normal, loc=0.5, scale=2.0),
+        x=Observed(Normal, 3, given="z", net=Linear()),
+        guide={"z": Latent(Normal, given="x", net=Linear(), times_prior=True)},
+    )
+    assert pvae.log_weights(model, torch.randn(4, 3), 5).shape == (5, 4)
+
+
 @pytest.mark.parametrize("scales", [(1e-25, 1.0), (1.0, 1e-25), (1e30, 1.0), (1e30, 1e30)])
 def test_scales_whose_precisions_overflow_have_a_product_with_gradients(scales):
     loc, own, prior = (torch.tensor(v, requires_grad=True) for v in (0.7, *scales))

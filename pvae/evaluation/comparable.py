@@ -15,7 +15,7 @@ __all__ = ["check_checkable", "check_comparable", "why_other_model"]
 
 def check_comparable(first: str, one: "Evaluation", name: str, other: "Evaluation") -> None:
     """Raise unless both, of these names, are of the same data in the same observation space."""
-    if one.of != other.of:
+    if _parts(one.of) != _parts(other.of):
         raise ValueError(
             f"{first!r} and {name!r} cannot be compared: log p({one.of}) and log p({other.of}) are "
             "different quantities. Evaluate both of the same: a label that may be missing is "
@@ -45,6 +45,12 @@ def check_comparable(first: str, one: "Evaluation", name: str, other: "Evaluatio
             f"datum under the one and of {other.dimensions:g} under the other. Declare models that "
             "observe the same columns."
         )
+
+
+def _parts(of: str) -> tuple[list[str], int]:
+    """What is observed, in any order, and how many columns are given, under whatever name."""
+    observed, _, given = of.partition(" | ")
+    return sorted(observed.split(", ")), len(given.split(", ")) if given else 0
 
 
 def _way_out(one: "Evaluation", other: "Evaluation") -> str:

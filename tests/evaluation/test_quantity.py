@@ -2,12 +2,15 @@
 
 import math
 
+import pyro
 import pytest
 import torch
+from pyro.distributions import Normal
 from torch import Tensor
 
 import pvae
 from pvae import models
+from tests.evaluation.by_hand import exact
 from tests.fitting import binary
 
 SIZES = {"data_size": 6, "latent_size": 2, "hidden": (5,)}
@@ -77,3 +80,29 @@ def test_data_simulated_for_one_label_are_bracketed():
     one = pvae.sandwich(model, given={"y": 2}, **how)
     all_of_them = pvae.sandwich(model, given={"y": torch.full((6,), 2)}, **how)
     assert one.simulated.equals(all_of_them.simulated)
+
+
+def test_columns_that_a_hand_written_model_conditions_on_are_none_of_its_x():
+    def model(x, y):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", Normal(torch.zeros(len(x)), 1.0))
+            pyro.sample("x", Normal(z[..., None] + y, 1.0).to_event(1), obs=x)
+
+    def guide(x, y):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", Normal(torch.zeros(len(x)), 1.0))
+
+    raw = 9 * torch.randn(60, 2)
+    x, y = (
+        pvae.load_data(rows.numpy(), standardisation="columns").train for rows in (raw, 3 * raw)
+    )
+    result = pvae.evaluate(pvae.PyroPair(model, guide), {"x": x, "y": y}, 20)
+    assert (result.of, result.dimensions) == ("x | y", 2)
+    assert float(result.per_datum["log_jacobian"][0]) == pytest.approx(x.spec.log_jacobian)
+
+
+def test_names_and_order_of_columns_make_no_other_quantity():
+    one, other = (exact(-1.0, -2.0, of=of) for of in ("x, w", "w, x"))
+    pvae.compare({"one": one, "other": other})
+    one, other = (exact(-1.0, -2.0, of=of) for of in ("x | y", "x | label"))
+    pvae.compare({"one": one, "other": other})
