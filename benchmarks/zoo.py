@@ -269,7 +269,7 @@ def columns(model: Pair, data: Data, every: int | None = None) -> Any:
 
     Where it observes them, of every so many data; or of none, so that log p(x) is bounded.
     """
-    if getattr(model, "given", []):
+    if model.given:
         return {"x": data, "y": data.labels}
     if "y" not in getattr(model, "observed", []):
         return data
@@ -301,13 +301,13 @@ def integrated(model: Pair, data: Any) -> dict[str, Any]:
 
 def evaluated(model: Pair, data: Any, job: Job) -> dict[str, Any]:
     result = pvae.evaluate(model, data, job.num_particles, grid=[1], device="cpu")
-    given = " of log p(x given y)" if getattr(model, "given", []) else ""
+    of = "" if result.of == "x" else f" of log p({result.of.replace('|', 'given')})"
     units = {
         name: [active, result.per_unit[f"activity[{name}]"].size]
         for name, active in result.active_units.items()
     }
     mean, error = mean_and_error(result.log_p)
-    found = {"kind": result.kind + given, "log p": mean, "error over data": error, "units": units}
+    found = {"kind": result.kind + of, "log p": mean, "error over data": error, "units": units}
     if "bound" in result.per_datum:
         found["L_1"] = float(result.per_datum["bound"][0].mean())
         found["k-hat fails"] = result.failing

@@ -97,7 +97,8 @@ def like(data: str, spec: "DataSpec", root: Path | None) -> "Data":
     from pvae.data import DATASETS, TABLES, Data, load_data
 
     if data not in {*DATASETS, *TABLES}:
-        return Data.of(Path(data).expanduser(), like=spec)
+        # Blanks are the model's to refuse, where it takes none.
+        return Data.of(Path(data).expanduser(), like=spec, missing=True)
     test = load_data(data, binarisation="none", root=root, seed=spec.seed).test
     return Data.of(test, like=spec)
 

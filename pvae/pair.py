@@ -170,6 +170,11 @@ class Pair(nn.Module):
         """Names of the observed sites, where a declaration tells them."""
         return []
 
+    @property
+    def given(self) -> list[str]:
+        """Names of the columns that are conditioned on, as far as they are known."""
+        return []
+
     def draw(self, batch: Batch, num_particles: int = 1, proposal: str = "guide") -> Particles:
         """Draw and weigh particles for a batch; differentiable. See `particles.draw`.
 

@@ -371,12 +371,14 @@ def test_a_run_that_did_not_finish_says_so(monkeypatch):
 
 
 def test_blanks_of_a_table_are_missing_where_that_is_said():
-    frame = a_table("mine.csv")
+    frame = a_table("full.csv")
     frame.loc[::4, "b"] = np.nan
     frame.to_csv("mine.csv", index=False)
     assert "has NaN or infinite values" in fails(f"{PPCA} run --data mine.csv")
     works(f"{PPCA} run --data mine.csv --missing")
     works("evaluate run --num-particles 20 --device cpu")
+    works(f"{PPCA} whole --data full.csv")
+    assert "has entries that are missing (NaN)" in fails("evaluate whole --data mine.csv")
     test = load_data("mine.csv", missing=True).test
     expected = pvae.exact.log_prob(pvae.load("run").model, test).mean()
     assert found_in("run/evaluation.csv")["log p(x)"] == pytest.approx(float(expected), rel=1e-4)
@@ -389,6 +391,13 @@ def test_blank_labels_are_summed_out():
     line = "--epochs 1 --set latent_size=2 --set hidden=4 --set categories=3 --missing"
     works(f"fit semi_supervised_vae --folder run --data mine.csv {line}")
     assert "log p(x, y) >= " in works("evaluate run --num-particles 20 --device cpu")
+    works("evaluate run --data mine.csv --num-particles 20 --device cpu")
+    expected = pvae.Data.of("mine.csv", missing=True)
+    y = expected.labels.double().masked_fill(expected.labels < 0, np.nan)
+    result = pvae.evaluate(pvae.load("run").model, {"x": expected, "y": y}, 20)
+    pd.testing.assert_series_equal(
+        found_in("run/evaluation-mine.csv"), result.summary()["value"], check_names=False
+    )
     line = f"fit conditional_vae --folder other --data mine.csv {line}"
     assert "labels of 'mine' go from -1 to 2" in fails(line)
 

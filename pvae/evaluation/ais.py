@@ -86,7 +86,7 @@ def ais(
     columns = model.columns(data).realised()
     closed = exact.method(model) in ("enumeration", "linear-Gaussian")
     found, (measure, dimensions) = plan.anneal(model, columns, resolve_device(device), folder)
-    more = columns.log_jacobian(getattr(model, "given", ()))
+    more = columns.log_jacobian(model.given)
     if closed:
         more["exact"] = exact.log_prob(model, data)
     import xarray as xr

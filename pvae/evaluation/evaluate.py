@@ -113,7 +113,7 @@ def evaluate(
                     more |= own_draws(model, on_device, needed, drawn, compile, progress)
             first = on_device.rows(slice(0, 1))
             measure, dimensions = kept.measure or measure_of(model.draw(first))
-    more |= columns.log_jacobian(getattr(model, "given", ()))
+    more |= columns.log_jacobian(model.given)
     per_datum, per_unit = kept.datasets(more)
     _check_finite(model, per_datum)
     return Evaluation(

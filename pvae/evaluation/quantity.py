@@ -24,7 +24,7 @@ def quantity(model: Pair, columns: Columns, measured: int) -> dict[str, Any]:
     absent = {name: column.values.isnan() for name, column in columns.columns.items()}
     labels = [name for name in absent if name in model.summed]
     without = [name for name in labels if bool(absent[name].all())]
-    given = [name for name in absent if name in getattr(model, "given", ())]
+    given = [name for name in absent if name in model.given]
     others = [name for name in absent if name not in (*labels, *given)]
     observed = [name for name in absent if name not in (*without, *given)]
     of = ", ".join(observed) if given or len(observed) > 1 else "x"
